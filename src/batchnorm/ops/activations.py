@@ -1,0 +1,51 @@
+"""The activations that the affine step can be fused with: value and derivative, as functions of its result z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Activation(NamedTuple):
+    """One activation: `value(z, negative_slope)` and `slope(z, negative_slope)` = d value / dz.
+
+    At a kink the derivative is the one PyTorch takes (0 at a ReLU's zero).
+    """
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+
+
+def _silu_slope(z: Tensor, _: float) -> Tensor:
+    s = z.sigmoid()
+    return s * (1 + z * (1 - s))
+
+
+def _sigmoid_slope(z: Tensor, _: float) -> Tensor:
+    s = z.sigmoid()
+    return s * (1 - s)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(lambda z, _: z.relu(), lambda z, _: (~(z <= 0)).to(z.dtype)),
+    "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: (~((z <= 0) | (z >= 6))).to(z.dtype)),
+    "leaky_relu": Activation(
+        lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, 1.0, a).to(z.dtype)
+    ),
+    "silu": Activation(lambda z, _: F.silu(z), _silu_slope),
+    "hardswish": Activation(
+        lambda z, _: F.hardswish(z),
+        lambda z, _: torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, z / 3 + 0.5)).to(z.dtype),
+    ),
+    "sigmoid": Activation(lambda z, _: z.sigmoid(), _sigmoid_slope),
+    "tanh": Activation(lambda z, _: z.tanh(), lambda z, _: 1 - z.tanh().square()),
+}
+
+
+def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """`activation(z)`; the empty name is the identity."""
+    return ACTIVATIONS[activation].value(z, negative_slope) if activation else z

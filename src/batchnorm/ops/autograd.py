@@ -1,0 +1,115 @@
+"""Reverse-mode derivatives of the fused operators, derived by hand in docs/derivation.md.
+
+Nothing but the input, the moments and the small vectors is kept for the backward: what an activation's derivative
+needs (its argument z) is computed again from them, so BN with an activation saves no more than BN alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composite import differentiable_apply, differentiable_moments
+
+# The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
+_forward = torch.ops.batchnorm.forward.default
+_apply = torch.ops.batchnorm.apply.default
+_backward = torch.ops.batchnorm.backward.default
+
+
+def _second_order(
+    grad_output: Tensor,
+    saved: tuple[Tensor | None, ...],
+    form: tuple[float, str, float, int],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """The same four gradients as functions that can be differentiated again (`create_graph=True`)."""
+    input, mean, var, count, weight, bias, residual, mask = saved
+    assert input is not None
+    assert mean is not None
+    assert var is not None
+    if count is not None:
+        mean, var, _ = differentiable_moments(input, mask, form[3])
+    out = differentiable_apply(input, mean, var, weight, bias, residual, *form)
+    wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
+    grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
+    return [
+        next(grads) if need and t is not None else None
+        for t, need in zip((input, weight, bias, residual), needs, strict=True)
+    ]
+
+
+class _Function(torch.autograd.Function):
+    """What the two functions below share: the backward. `count` None means frozen statistics."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * ctx.inputs
+        saved, form = ctx.saved_tensors, ctx.form
+        needs = list(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _second_order(grad_output, saved, form, needs)
+            if needs[3] and grads[3] is None:
+                grads[3] = grad_output
+            return (*grads, *(None,) * (ctx.inputs - 4))
+        through_activation = needs[3] and bool(form[1])
+        found = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
+        grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        if needs[3] and not through_activation:
+            grads[3] = grad_output
+        return (*grads, *(None,) * (ctx.inputs - 4))
+
+
+class BatchStatistics(_Function):
+    """`forward` with the batch's own moments, which are returned beside the output and are not differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+        slice_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        form = (eps, activation, negative_slope, slice_size)
+        out, mean, var, count = _forward(input, weight, bias, residual, mask, *form)
+        ctx.save_for_backward(
+            input, mean, var, count, weight, bias, residual if activation else None, mask
+        )
+        ctx.form, ctx.inputs = form, 9
+        ctx.mark_non_differentiable(mean, var, count)
+        ctx.set_materialize_grads(False)
+        return out, mean, var, count
+
+
+class FixedStatistics(_Function):
+    """`apply` with given moments (running, frozen): the gradient does not pass through them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        form = (eps, activation, negative_slope, 0)
+        # copies of C values each: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+        mean, var = mean.double().clone(), var.double().clone()
+        ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, None)
+        ctx.form, ctx.inputs = form, 9
+        ctx.set_materialize_grads(False)
+        return _apply(input, mean, var, weight, bias, residual, *form)

@@ -1,0 +1,111 @@
+"""What the fused operators mean: compositions of the four primitives, and the update of the buffers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    slice_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var, count = reference.stats(input, mask, slice_size)
+    out = reference.apply(
+        input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size
+    )
+    return out, mean, var, count
+
+
+def grad_affine_vectors(
+    sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(Σ dz·x̂, Σ dz), the gradients of weight and bias, from the rows of sums."""
+    invstd = (var.double().reshape(-1, var.size(-1)) + eps).rsqrt()
+    return (sum_dy_xmu * invstd).sum(0), sum_dy.sum(0)
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    slice_size: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = input.new_empty(0)
+    grad_input, grad_weight, grad_bias, grad_residual = empty, empty, empty, empty
+    sum_dy = sum_dy_xmu = None
+    if output_mask[1] or output_mask[2] or (output_mask[0] and count is not None):
+        sum_dy, sum_dy_xmu = reference.backward_reduce(
+            grad_output, input, mean, var, weight, bias, residual, mask, eps, activation, negative_slope, slice_size
+        )
+        along_weight, along_bias = grad_affine_vectors(sum_dy, sum_dy_xmu, var, eps)
+        if output_mask[1] and weight is not None:
+            grad_weight = along_weight.to(weight.dtype)
+        if output_mask[2] and bias is not None:
+            grad_bias = along_bias.to(bias.dtype)
+    if output_mask[0] or output_mask[3]:
+        grad_input, grad_residual = reference.backward_elemt(
+            grad_output, input, mean, var, weight, bias, residual, mask, sum_dy, sum_dy_xmu, count,
+            eps, activation, negative_slope, slice_size, output_mask[3],
+        )  # fmt: skip
+    return grad_input if output_mask[0] else empty, grad_weight, grad_bias, grad_residual
+
+
+def pooled(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One row from R: Σnₖμₖ/Σnₖ, the pooled unbiased variance Σnₖσₖ²/Σ(nₖ−1), and Σnₖ.
+
+    A single row gives its mean and σ²·n/(n−1): torch's convention for the buffers.
+    """
+    n = count.unsqueeze(1)
+    total = count.sum()
+    mean = (n * mean).sum(0) / total.clamp(min=1)
+    # all slices of one value leave no degree of freedom: 0/0 as in torch, whose buffer becomes NaN too
+    unbiased = (n * var).sum(0) / (count - 1).clamp(min=0).sum()
+    return mean, unbiased, total
+
+
+def update_running_(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> None:
+    new_mean, new_var, total = pooled(mean, var, count)
+    keep = total == 0  # an empty batch counts, and moves nothing
+    if skip_nonfinite:
+        keep = keep | ~(new_mean.isfinite().all() & new_var.isfinite().all())
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        if num_batches_tracked is None:
+            raise ValueError("momentum=None averages all batches and needs num_batches_tracked")
+        factor: Tensor | float = 1.0 / num_batches_tracked.double()
+    else:
+        factor = momentum
+    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
+        if buffer is not None:
+            old = buffer.double()
+            buffer.copy_(torch.where(keep, old, old + factor * (new - old)))

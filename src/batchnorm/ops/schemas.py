@@ -1,0 +1,109 @@
+"""The operators' schemas, their fakes, and the reference as the kernel of every device.
+
+The reference is registered as CompositeExplicitAutograd: a C++ kernel (CPU) or a Triton kernel (CUDA) registered
+under the same name takes its device from it, and no caller changes. See csrc/README.md for the contract.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import fused, reference
+from .layout import dense, slices
+
+_AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
+_FORM = "float eps, str activation, float negative_slope, int slice_size"
+
+SCHEMAS = {
+    "stats": "(Tensor input, Tensor? mask, int slice_size) -> (Tensor mean, Tensor var, Tensor count)",
+    "apply": f"(Tensor input, Tensor mean, Tensor var, {_AFFINE}, {_FORM}) -> Tensor",
+    "backward_reduce": f"(Tensor grad_output, Tensor input, Tensor mean, Tensor var, {_AFFINE}, Tensor? mask, {_FORM})"
+    " -> (Tensor sum_dy, Tensor sum_dy_xmu)",
+    "backward_elemt": f"(Tensor grad_output, Tensor input, Tensor mean, Tensor var, {_AFFINE}, Tensor? mask,"
+    f" Tensor? sum_dy, Tensor? sum_dy_xmu, Tensor? count, {_FORM}, bool need_residual)"
+    " -> (Tensor grad_input, Tensor grad_residual)",
+    "forward": f"(Tensor input, {_AFFINE}, Tensor? mask, {_FORM})"
+    " -> (Tensor out, Tensor mean, Tensor var, Tensor count)",
+    "backward": "(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? count,"
+    f" {_AFFINE}, Tensor? mask, {_FORM}, bool[4] output_mask)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    "update_running_": "(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " Tensor mean, Tensor var, Tensor count, float? momentum, bool skip_nonfinite) -> ()",
+}
+
+_LIBRARY = torch.library.Library("batchnorm", "DEF")
+
+
+def _moments(input: Tensor, slice_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = slices(input.size(0), slice_size)
+    mean = input.new_empty((rows, input.size(1)), dtype=torch.float64)
+    return mean, torch.empty_like(mean), mean.new_empty(rows)
+
+
+def _fake_stats(input: Tensor, mask: Tensor | None, slice_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _moments(input, slice_size)
+
+
+def _fake_apply(input: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(dense(input))
+
+
+def _fake_backward_reduce(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    slice_size = rest[-1]
+    assert isinstance(slice_size, int | torch.SymInt)
+    mean, var, _ = _moments(input, slice_size)
+    return mean, var
+
+
+def _fake_backward_elemt(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    grad_input = torch.empty_like(dense(input))
+    return grad_input, torch.empty_like(grad_input) if rest[-1] else input.new_empty(0)
+
+
+def _fake_forward(
+    input: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slice_size = rest[-1]
+    assert isinstance(slice_size, int | torch.SymInt)
+    return torch.empty_like(dense(input)), *_moments(input, slice_size)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    wanted = rest[-1]
+    assert isinstance(wanted, list | tuple)
+    like = (dense(input), weight, bias, dense(input))
+    return tuple(
+        torch.empty_like(t) if want and t is not None else input.new_empty(0)
+        for t, want in zip(like, wanted, strict=True)
+    )
+
+
+def _fake_update_running_(*_: object) -> None:
+    return None
+
+
+_IMPLEMENTATIONS = {
+    "stats": (reference.stats, _fake_stats),
+    "apply": (reference.apply, _fake_apply),
+    "backward_reduce": (reference.backward_reduce, _fake_backward_reduce),
+    "backward_elemt": (reference.backward_elemt, _fake_backward_elemt),
+    "forward": (fused.forward, _fake_forward),
+    "backward": (fused.backward, _fake_backward),
+    "update_running_": (fused.update_running_, _fake_update_running_),
+}
+
+for _name, _schema in SCHEMAS.items():
+    _kernel, _fake = _IMPLEMENTATIONS[_name]
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"batchnorm::{_name}", _fake, lib=_LIBRARY)
