@@ -1,0 +1,44 @@
+"""Batch normalization for PyTorch, end to end. The names that users import; nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import functional
+from ._version import __version__
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+if TYPE_CHECKING:
+    from .experiment.study import study
+    from .surgery import insert, strip
+
+# What needs more than torch, or more than a layer, is imported when it is first asked for.
+_LAZY = {
+    "insert": ".surgery",
+    "strip": ".surgery",
+    "study": ".experiment.study",
+}
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "__version__",
+    "functional",
+    "insert",
+    "strip",
+    "study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composite import differentiable_apply, differentiable_moments
+from . import reference
 
 # The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
 _forward = torch.ops.batchnorm.forward.default
@@ -25,15 +25,20 @@ def _second_order(
     form: tuple[float, str, float, int],
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """The same four gradients as functions that can be differentiated again (`create_graph=True`)."""
+    """The same four gradients as functions that can be differentiated again (`create_graph=True`).
+
+    The reference is made of differentiable aten operators, so autograd derives these from it.
+    """
     input, mean, var, count, weight, bias, residual, mask = saved
     assert input is not None
     assert mean is not None
     assert var is not None
     if count is not None:
-        mean, var, _ = differentiable_moments(input, mask, form[3])
-    out = differentiable_apply(input, mean, var, weight, bias, residual, *form)
-    wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
+        mean, var, _ = reference.stats(input, mask, form[3])
+    out = reference.apply(input, mean, var, weight, bias, residual, *form)
+    wanted = [
+        t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None
+    ]
     grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
     return [
         next(grads) if need and t is not None else None
@@ -81,9 +86,7 @@ class BatchStatistics(_Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         form = (eps, activation, negative_slope, slice_size)
         out, mean, var, count = _forward(input, weight, bias, residual, mask, *form)
-        ctx.save_for_backward(
-            input, mean, var, count, weight, bias, residual if activation else None, mask
-        )
+        ctx.save_for_backward(input, mean, var, count, weight, bias, residual if activation else None, mask)
         ctx.form, ctx.inputs = form, 9
         ctx.mark_non_differentiable(mean, var, count)
         ctx.set_materialize_grads(False)

@@ -26,9 +26,7 @@ def forward(
     return out, mean, var, count
 
 
-def grad_affine_vectors(
-    sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def grad_affine_vectors(sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(Σ dz·x̂, Σ dz), the gradients of weight and bias, from the rows of sums."""
     invstd = (var.double().reshape(-1, var.size(-1)) + eps).rsqrt()
     return (sum_dy_xmu * invstd).sum(0), sum_dy.sum(0)
@@ -55,7 +53,18 @@ def backward(
     sum_dy = sum_dy_xmu = None
     if output_mask[1] or output_mask[2] or (output_mask[0] and count is not None):
         sum_dy, sum_dy_xmu = reference.backward_reduce(
-            grad_output, input, mean, var, weight, bias, residual, mask, eps, activation, negative_slope, slice_size
+            grad_output,
+            input,
+            mean,
+            var,
+            weight,
+            bias,
+            residual,
+            mask,
+            eps,
+            activation,
+            negative_slope,
+            slice_size,
         )
         along_weight, along_bias = grad_affine_vectors(sum_dy, sum_dy_xmu, var, eps)
         if output_mask[1] and weight is not None:

@@ -35,7 +35,11 @@ def per_slice(values: Tensor, slice_size: int) -> Tensor:
     missing = rows * slice_size - samples if slice_size else 0
     if missing:
         values = torch.cat([values, values.new_zeros((missing, *values.shape[1:]))])
-    return values.reshape(rows, -1, *values.shape[1:]).sum(1) if values.size(0) else values.new_zeros((rows, *values.shape[1:]))
+    return (
+        values.reshape(rows, -1, *values.shape[1:]).sum(1)
+        if values.size(0)
+        else values.new_zeros((rows, *values.shape[1:]))
+    )
 
 
 def per_sample(rows: Tensor, samples: int, slice_size: int) -> Tensor:

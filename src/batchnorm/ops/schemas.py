@@ -61,9 +61,7 @@ def _fake_backward_elemt(grad_output: Tensor, input: Tensor, *rest: object) -> t
     return grad_input, torch.empty_like(grad_input) if rest[-1] else input.new_empty(0)
 
 
-def _fake_forward(
-    input: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slice_size = rest[-1]
     assert isinstance(slice_size, int | torch.SymInt)
     return torch.empty_like(dense(input)), *_moments(input, slice_size)

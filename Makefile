@@ -1,0 +1,39 @@
+# Each target sets up what it needs: `make study` and `make test` work as the first command in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Kernels, tests and studies run one process a core; more threads than cores only get in each other's way.
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: setup study test test-all lint format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/batchnorm/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+study: $(READY)
+	$(BIN)/batchnorm study --out study
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/batchnorm/*.so

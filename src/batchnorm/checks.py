@@ -1,0 +1,86 @@
+"""What `batch_norm` refuses, before anything is computed or written: PyTorch's exception types, clearer words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import ACTIVATIONS
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLOATING = (torch.float32, torch.float64, *_HALF)
+
+
+def check_input(input: Tensor, training: bool, eps: float) -> None:
+    """The input's dtype, dimensions and number of values a channel, and eps."""
+    if input.dtype not in _FLOATING:
+        raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, convert the input first')
+    size = input.shape
+    if len(size) < 2:
+        raise RuntimeError(f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}")
+    if eps < 0.0 or (training and eps == 0.0):
+        kind = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")
+    if training and size[0] <= 1 and input.numel() == size[1] != 0:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {size}: "
+            "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval()"
+        )
+
+
+def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
+    """Every given per-channel vector: C elements, a dtype that goes with the input's, its device."""
+    channels, dtype, device = input.size(1), input.dtype, input.device
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.numel() != channels or vector.dim() != 1:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements not {vector.numel()}: "
+                f"the channel axis of the input {tuple(input.shape)} is axis 1"
+            )
+        if vector.dtype != dtype and not (dtype in _HALF and vector.dtype == torch.float32):
+            raise RuntimeError(
+                f"batch_norm: an input of {dtype} takes {name} of {dtype}"
+                f"{' or torch.float32' if dtype in _HALF else ''}, got {vector.dtype}"
+            )
+        if vector.device != device:
+            raise RuntimeError(
+                f"batch_norm: expected all tensors on the same device, the input is on {device}, {name} on {vector.device}"
+            )
+
+
+def check_buffers(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
+    """Both buffers or neither; both in evaluation; no gradient through them."""
+    if not training:
+        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+            if buffer is None:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+    elif (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is not None and running_var is not None:
+        if running_mean.requires_grad or running_var.requires_grad:
+            raise RuntimeError(
+                "batch_norm is not differentiable with respect to running_mean and running_var"
+            )
+
+
+def check_residual(input: Tensor, residual: Tensor | None) -> None:
+    """The residual is added to the result: the same shape, dtype and device."""
+    if residual is None:
+        return
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"residual of shape {tuple(residual.shape)} does not fit the input of shape {tuple(input.shape)}: "
+            "they must be the same"
+        )
+    if residual.dtype != input.dtype or residual.device != input.device:
+        raise RuntimeError(
+            f"residual must have the input's dtype and device ({input.dtype}, {input.device}), "
+            f"got {residual.dtype}, {residual.device}"
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
