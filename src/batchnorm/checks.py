@@ -46,7 +46,7 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
             )
         if vector.device != device:
             raise RuntimeError(
-                f"batch_norm: expected all tensors on the same device, the input is on {device}, {name} on {vector.device}"
+                f"batch_norm: expected all tensors on the same device: the input is on {device}, {name} on {vector.device}"
             )
 
 
@@ -58,11 +58,8 @@ def check_buffers(running_mean: Tensor | None, running_var: Tensor | None, train
                 raise RuntimeError(f"{name} must be defined in evaluation mode")
     elif (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is not None and running_var is not None:
-        if running_mean.requires_grad or running_var.requires_grad:
-            raise RuntimeError(
-                "batch_norm is not differentiable with respect to running_mean and running_var"
-            )
+    if any(buffer is not None and buffer.requires_grad for buffer in (running_mean, running_var)):
+        raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var")
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:

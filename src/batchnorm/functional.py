@@ -122,12 +122,8 @@ def _with_fixed(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias, residual)
-    ):
-        return FixedStatistics.apply(
-            input, weight, bias, residual, mean, var, eps, activation, negative_slope
-        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
+        return FixedStatistics.apply(input, weight, bias, residual, mean, var, eps, activation, negative_slope)
     return _apply(input, mean, var, weight, bias, residual, eps, activation, negative_slope, 0)
 
 
@@ -138,7 +134,7 @@ def _needs_torch() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _through_torch(

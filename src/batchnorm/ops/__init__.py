@@ -1,7 +1,7 @@
 """Floor 1: the operators, their meaning, and their derivatives. Knows of no layer and no variant."""
 
-from . import schemas as _schemas  # defines torch.ops.batchnorm; the extension, where built, takes the CPU
+from . import schemas  # defines torch.ops.batchnorm: must come before autograd, which looks the names up
 from .activations import ACTIVATIONS, activate
 from .autograd import BatchStatistics, FixedStatistics
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate"]
+__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "schemas"]

@@ -36,9 +36,7 @@ def _second_order(
     if count is not None:
         mean, var, _ = reference.stats(input, mask, form[3])
     out = reference.apply(input, mean, var, weight, bias, residual, *form)
-    wanted = [
-        t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None
-    ]
+    wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
     return [
         next(grads) if need and t is not None else None

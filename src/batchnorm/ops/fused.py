@@ -20,9 +20,7 @@ def forward(
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var, count = reference.stats(input, mask, slice_size)
-    out = reference.apply(
-        input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size
-    )
+    out = reference.apply(input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size)
     return out, mean, var, count
 
 

@@ -36,8 +36,8 @@ def _rows(moment: Tensor) -> Tensor:
     return moment.double().reshape(-1, moment.size(-1))
 
 
-def _channels(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.double().view(1, -1, 1)
+def _channels(vector: Tensor) -> Tensor:
+    return vector.double().view(1, -1, 1)
 
 
 def _affine(
@@ -162,7 +162,8 @@ def backward_elemt(
     scale = invstd if weight is None else invstd * weight.double()
     dx = grad
     if count is not None:  # the batch's own statistics: the gradient through mean and var
-        assert sum_dy is not None and sum_dy_xmu is not None
+        assert sum_dy is not None
+        assert sum_dy_xmu is not None
         divisor = count.clamp(min=1).unsqueeze(1)
         through_mean = per_sample(sum_dy / divisor, samples, slice_size)
         through_var = deviation * per_sample(sum_dy_xmu / divisor * invstd.square(), samples, slice_size)

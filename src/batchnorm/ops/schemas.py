@@ -6,6 +6,9 @@ under the same name takes its device from it, and no caller changes. See csrc/RE
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -50,9 +53,7 @@ def _fake_apply(input: Tensor, *_: object) -> Tensor:
 
 
 def _fake_backward_reduce(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    slice_size = rest[-1]
-    assert isinstance(slice_size, int | torch.SymInt)
-    mean, var, _ = _moments(input, slice_size)
+    mean, var, _ = _moments(input, cast(int, rest[-1]))
     return mean, var
 
 
@@ -62,9 +63,7 @@ def _fake_backward_elemt(grad_output: Tensor, input: Tensor, *rest: object) -> t
 
 
 def _fake_forward(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slice_size = rest[-1]
-    assert isinstance(slice_size, int | torch.SymInt)
-    return torch.empty_like(dense(input)), *_moments(input, slice_size)
+    return torch.empty_like(dense(input)), *_moments(input, cast(int, rest[-1]))
 
 
 def _fake_backward(
@@ -90,7 +89,7 @@ def _fake_update_running_(*_: object) -> None:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "stats": (reference.stats, _fake_stats),
     "apply": (reference.apply, _fake_apply),
     "backward_reduce": (reference.backward_reduce, _fake_backward_reduce),
