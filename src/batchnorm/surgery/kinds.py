@@ -1,0 +1,46 @@
+"""Which modules are layers, which are batch normalizations, and where their channels lie."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["LAYERS", "channel_axis", "is_layer", "is_norm", "out_features", "spatial_dims"]
+
+LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True for a Conv, ConvTranspose or Linear, subclasses included."""
+    return isinstance(module, LAYERS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for a batch normalization: torch's own, `SyncBatchNorm`, ours, and their subclasses."""
+    return isinstance(module, _BatchNorm)
+
+
+def out_features(layer: nn.Module) -> int:
+    """How many channels the layer's result has."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]  # nn.Module types every attribute as Tensor | Module
+
+
+def spatial_dims(layer: nn.Module) -> int:
+    """1, 2 or 3 for a convolution, 0 for a Linear."""
+    if isinstance(layer, nn.Linear):
+        return 0
+    return len(layer.kernel_size)  # type: ignore[arg-type]  # as above
+
+
+def channel_axis(layer: nn.Module, output: Tensor) -> int:
+    """The axis of `output` that holds the layer's channels: the last one for a Linear, else before the
+    spatial ones (axis 0 of an input without a batch axis)."""
+    return output.dim() - 1 - spatial_dims(layer)
