@@ -46,7 +46,7 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
             )
         if vector.device != device:
             raise RuntimeError(
-                f"batch_norm: expected all tensors on the same device: the input is on {device}, {name} on {vector.device}"
+                f"batch_norm: expected all tensors on one device: the input is on {device}, {name} on {vector.device}"
             )
 
 

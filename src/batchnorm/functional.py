@@ -84,9 +84,6 @@ def batch_norm(
     _refuse_later(mask=mask, ghost_batch_size=ghost_batch_size, renorm=renorm, process_group=process_group)
     if nonfinite != "propagate":
         _refuse_later(nonfinite=nonfinite)
-    check_input(input, training, eps)
-    check_buffers(running_mean, running_var, training)
-    check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_residual(input, residual)
     check_activation(activation)
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
@@ -96,6 +93,11 @@ def batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation or "", residual, negative_slope, num_batches_tracked,
         )  # fmt: skip
+    if input.dim() == 1 and not input.numel():  # torch has this for an empty vector: no channel, nothing to do
+        return input.clone()
+    check_input(input, training, eps)
+    check_buffers(running_mean, running_var, training)
+    check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     form = (eps, activation or "", negative_slope)
     if not training:
         return _with_fixed(input, weight, bias, residual, running_mean, running_var, *form)

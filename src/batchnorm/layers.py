@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -59,7 +59,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``; see `batchnorm.functional.batch_norm`."""
-        if type(input) is not fx.Proxy:  # under symbolic tracing there is no shape to look at
+        if not isinstance(cast(object, input), fx.Proxy):  # under symbolic tracing there is no shape to look at
             self._check_input_dim(input)
         keep = self.track_running_stats or not self.training
         running_mean = self.running_mean if keep else None

@@ -108,7 +108,7 @@ class FixedStatistics(_Function):
         negative_slope: float,
     ) -> Tensor:
         form = (eps, activation, negative_slope, 0)
-        # copies of C values each: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+        # copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
         mean, var = mean.double().clone(), var.double().clone()
         ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, None)
         ctx.form, ctx.inputs = form, 9
