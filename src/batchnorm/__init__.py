@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._version import __version__
+from .bookkeeping import use_domain
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
     from .experiment.study import study
@@ -24,11 +26,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Renorm",
     "__version__",
     "functional",
     "insert",
+    "lengths_to_mask",
     "strip",
     "study",
+    "use_domain",
 ]
 
 
