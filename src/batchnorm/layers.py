@@ -79,6 +79,9 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         _check_together(self, merged, domains, domain_affine)
         for name, value in merged.items():
             setattr(self, name, value)
+        # by domain: moments of micro-batches that wait for their union; statistics the last renormalised call saw
+        self._pending: dict[int, list[Moments]] = {}
+        self._before: dict[int, Memory] = {}
         if domains is not None:
             self._add_domains(domains, domain_affine)
         if self.nonfinite == "skip" and self.running_mean is not None and "num_batches_skipped" not in self._buffers:
@@ -166,20 +169,9 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=self.num_batches_tracked if training and keep else None,
         )
 
-    @property
-    def _pending(self) -> dict[int, list[Moments]]:
-        """Moments of micro-batches that wait for their union, by domain. No state: a checkpoint falls between steps."""
-        return self.__dict__.setdefault("_pending_moments", {})
-
-    @property
-    def _before(self) -> dict[int, Memory]:
-        """The statistics that the last renormalised forward was held against, by domain."""
-        return self.__dict__.setdefault("_before_last", {})
-
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop("_before_last", None)
-        state.pop("_pending_moments", None)
+        state |= {"_pending": {}, "_before": {}}  # what lies between two steps is no state
         if hasattr(self.process_group, "group_name"):  # a group is this process's; its name means the same elsewhere
             state["process_group"] = self.process_group.group_name
         return state

@@ -83,7 +83,10 @@ def test_checkpointing_sees_the_same_reference_twice(use_reentrant):
     again = copy.deepcopy(layer)
     x, g = torch.randn(8, 3) * 2 + 1, torch.randn(8, 3)
     grads = []
-    for module, run in ((layer, lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant)), (again, lambda m, x: m(x))):
+    for module, run in (
+        (layer, lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant)),
+        (again, lambda m, x: m(x)),
+    ):
         for _ in range(2):
             leaf = x.clone().requires_grad_()
             run(module, leaf).backward(g)
