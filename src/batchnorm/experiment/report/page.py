@@ -101,7 +101,7 @@ def _tables(evidence: Evidence) -> dict[str, list[tables.Table]]:
 def _words(evidence: Evidence) -> dict[str, Any]:
     """The summary's names as the template speaks of them."""
     summary = evidence.summary
-    seeds = summary.get("seeds") or {}
+    seeds = {"choose": [], "measure": [], **(summary.get("seeds") or {})}
     return {
         "model": str(summary.get("model", "a network")),
         "data": _data_name(evidence),
