@@ -122,7 +122,7 @@ def remainder(evidence: Evidence) -> list[str]:
     blank = [subject for subject, claim in known if not measured(claim)]
     said = []
     if same and len(same) < len(known):
-        said.append(f"No difference was found in {_listed(same)}.")
+        said.append(f"No difference was shown in {_listed(same)}.")
     if blank and len(blank) < len(known):
         said.append(f"Not measurable here: {', '.join(blank)}.")
     return said
