@@ -77,10 +77,10 @@ class _Study:
 
     def rows(self, arm: str, **fixed: float) -> pd.DataFrame:
         """Rows of an arm whose named columns equal the numbers given."""
-        found = self.runs[self.runs["arm"] == arm]
+        wanted = (self.runs["arm"] == arm).to_numpy()
         for column, number in fixed.items():
-            found = found[np.isclose(found[column].astype(float), number, rtol=1e-6, atol=0)]
-        return found
+            wanted = wanted & np.isclose(self.runs[column].to_numpy(float), number, rtol=1e-6, atol=0)
+        return self.runs[wanted]
 
     def at_best_rate(self, arm: str) -> pd.DataFrame:
         return self.rows(arm, lr=self.settings[arm]["best_lr"], weight_decay=0, dropout=0)
@@ -90,7 +90,7 @@ class _Study:
 
     def table(self, rows: pd.DataFrame, factor: str) -> pd.DataFrame:
         """Validation accuracy, a row a seed and a column a level of the factor; seeds without gaps only."""
-        wide = rows.pivot_table(index=["purpose", "seed"], columns=factor, values="val_accuracy", dropna=False)
+        wide = rows.set_index(["purpose", "seed", factor])["val_accuracy"].unstack(factor)
         return wide.dropna(axis=0).sort_index(axis=1)
 
     def accuracy_step(self, column: str) -> float:
@@ -175,9 +175,9 @@ def _learning_rate(study: _Study) -> Claim:
         # Between two rates the curve is a guess: a cliff is only known to lie in one cell of the grid.
         samples.append(_sample(widths, purposes, float(np.diff(np.log10(rates)).max())))
     n = min(len(sample.values) for sample in samples)
-    if n < 1:
-        return _unclaimed(0, "decades", "no seed measured an arm at every rate")
     interval = welch(*samples)
+    if math.isnan(interval.estimate):
+        return _unclaimed(0, "decades", "fewer than two seeds measured an arm at every rate", n, cut)
     seeds = sum(len(sample.values) for sample in samples)
     text = wording.learning_rate(interval, samples[0].mean, samples[1].mean, cut, seeds)
     return _claim(interval, 0, True, "decades", n, cut, text)
