@@ -13,7 +13,7 @@ from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
     from .experiment.study import study
-    from .surgery import insert, strip
+    from .surgery.insert import insert, strip
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {

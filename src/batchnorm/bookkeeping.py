@@ -118,8 +118,8 @@ def _one_domain(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Ten
 
 
 def _copied(memory: Memory) -> Memory:
-    copies = (None if t is None else t.detach().clone() for t in memory[:3])
-    return Memory(*copies, memory.weight, memory.bias)
+    mean, var, tracked = (None if t is None else t.detach().clone() for t in memory[:3])
+    return Memory(mean, var, tracked, memory.weight, memory.bias)
 
 
 def _remember(layer: _Layer, memory: Memory, moments: Moments, domain: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def batch_norm(
     checks.check_words(activation, nonfinite)
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
-    plain = not training or (mask is ghost_batch_size is renorm is process_group is None)
+    plain = not training or all(v is None for v in (mask, ghost_batch_size, renorm, process_group))
     if plain and _needs_torch():
         return _through_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
@@ -218,7 +218,8 @@ def batch_norm_pure(
     out = out if axis == 1 else out.movedim(1, axis)
     if moments is None:
         return out, buffers
-    return out, Buffers(*fused.moved(mean, var, tracked, *moments, momentum, nonfinite == "skip"))
+    moved = fused.moved(mean, var, tracked, *moments, momentum, nonfinite == "skip")
+    return out, Buffers(*cast(tuple[Tensor, Tensor, Tensor], moved))
 
 
 def recomputing() -> bool:

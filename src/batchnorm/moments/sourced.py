@@ -62,16 +62,18 @@ class _Sourced(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _second_order(ctx, grad_output)
         arguments = (grad_output, input, mean, var, weight, bias, residual, mask)
-        sums = _backward_reduce(*arguments, *form)
-        grad_weight, grad_bias = fused.grad_affine_vectors(*sums, var, form[0])
+        sum_dy, sum_dy_xmu = _backward_reduce(*arguments, *form)
+        grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form[0])
         if ctx.group is not None:  # every rank, whatever it needs itself: the number of collectives must agree
-            sums = synchronise_adjoint(*sums, ctx.group)
+            sum_dy, sum_dy_xmu = synchronise_adjoint(sum_dy, sum_dy_xmu, ctx.group)
         if r is not None:
-            sums = renormalise_adjoint(*sums, var, r, d, form[0])
+            sum_dy, sum_dy_xmu = renormalise_adjoint(sum_dy, sum_dy_xmu, var, r, d, form[0])
         through_activation = needs[3] and bool(form[1])
         grad_input = grad_residual = None
         if needs[0] or through_activation:
-            grad_input, grad_residual = _backward_elemt(*arguments, *sums, count, *form, through_activation)
+            grad_input, grad_residual = _backward_elemt(
+                *arguments, sum_dy, sum_dy_xmu, count, *form, through_activation
+            )
         if needs[3] and not through_activation:
             grad_residual = grad_output
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ def resolve(process_group: ProcessGroupLike) -> Group | None:
     if process_group == "world":
         process_group = c10d._get_default_group()
     elif isinstance(process_group, str):
-        process_group = c10d._resolve_process_group(process_group)
+        process_group = torch._C._distributed_c10d._resolve_process_group(cast(Any, process_group))
     ranks = process_group.size()
     return None if ranks == 1 else Group(process_group.group_name, ranks)
 
