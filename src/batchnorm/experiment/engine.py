@@ -110,9 +110,7 @@ def run_one(run: Run, architecture: Architecture, data_folder: Path, out: Path) 
     except UserError:
         raise
     except OSError as error:
-        raise UserError(
-            f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume"
-        ) from error
+        raise UserError(f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume") from error
     except Exception as error:
         raise UserError(
             f"training fails ({quote_error(error)}), --model {architecture.model} in run {run.run_id}, "

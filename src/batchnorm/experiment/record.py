@@ -67,9 +67,7 @@ class Record:
             self.rewrite(rows)
             return rows
         except OSError as error:
-            raise UserError(
-                f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can"
-            ) from error
+            raise UserError(f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can") from error
 
     def _held_options(self) -> dict[str, Any] | None:
         if not self._plan.exists():

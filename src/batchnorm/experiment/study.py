@@ -98,12 +98,7 @@ def study(
     layers = _check_arms(plan, architecture, dataset)
     record = Record(Path(out))
     options = {
-        **{
-            "data": dataset.name,
-            "data_digest": dataset.fingerprint(),
-            "model": model,
-            "model_digest": model_digest(model),
-        },
+        **{"data": dataset.name, "data_digest": dataset.fingerprint(), "model": model, "model_digest": model_digest(model)},
         **plan.to_json(),
     }
     rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
@@ -177,7 +172,9 @@ def _evaluate_rows(
     """Returns the rows with `steps_to_target`, each arm's chosen setting and best rate, and the target."""
     table = _table(rows)
     best = choose_rates(table, plan.arms)
-    chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
+    chosen = {
+        arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()
+    }
     target = _target(plan, rows, best[plan.arms[0]], data.chance("validation"))
     evaluated = [
         {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}

@@ -91,7 +91,9 @@ def _learn(
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     momentum = 0.9 if run.optimizer == "momentum" else 0.0
-    optimizer = torch.optim.SGD(parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(
+        parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True
+    )
     batches = _batches(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
@@ -201,3 +203,5 @@ def _one_thread_deterministic() -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
