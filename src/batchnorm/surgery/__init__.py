@@ -3,5 +3,21 @@
 from .convert import convert, revert
 from .freeze import freeze, unfreeze
 from .insert import insert, strip
+from .params import Importance, copy_statistics, importance, param_groups
+from .recalibrate import Recalibration, Shift, recalibrate
 
-__all__ = ["convert", "freeze", "insert", "revert", "strip", "unfreeze"]
+__all__ = [
+    "Importance",
+    "Recalibration",
+    "Shift",
+    "convert",
+    "copy_statistics",
+    "freeze",
+    "importance",
+    "insert",
+    "param_groups",
+    "recalibrate",
+    "revert",
+    "strip",
+    "unfreeze",
+]
