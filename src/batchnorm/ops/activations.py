@@ -33,7 +33,7 @@ def _sigmoid_slope(z: Tensor, _: float) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(lambda z, _: z.relu(), lambda z, _: (~(z <= 0)).to(z.dtype)),
     "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: (~((z <= 0) | (z >= 6))).to(z.dtype)),
-    "leaky_relu": Activation(lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, 1.0, a).to(z.dtype)),
+    "leaky_relu": Activation(lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, torch.ones_like(z), a)),
     "silu": Activation(lambda z, _: F.silu(z), _silu_slope),
     "hardswish": Activation(
         lambda z, _: F.hardswish(z),

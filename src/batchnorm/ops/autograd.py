@@ -101,6 +101,7 @@ class FixedStatistics(_Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         mean: Tensor,
         var: Tensor,
         eps: float,
@@ -108,9 +109,9 @@ class FixedStatistics(_Function):
         negative_slope: float,
     ) -> Tensor:
         form = (eps, activation, negative_slope, 0)
-        # copies of C values each: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+        # copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
         mean, var = mean.double().clone(), var.double().clone()
-        ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, None)
-        ctx.form, ctx.inputs = form, 9
+        ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, mask)
+        ctx.form, ctx.inputs = form, 10
         ctx.set_materialize_grads(False)
         return _apply(input, mean, var, weight, bias, residual, *form)

@@ -1,0 +1,250 @@
+"""What the study's files say, as plain numbers: no colours, no HTML.
+
+Everything may be missing: an arm whose every run diverged has no best rate, a trace may have been deleted, a network
+may have no affine layer. A missing thing is None or an empty list here, and the page says so in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+Trace = Mapping[str, Any]
+AFFINE_LEVELS = (5, 25, 50, 75, 95)
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for what is no finite number (None, NaN, infinity, text)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation accuracy against steps over one arm's seeds: the median run and the range of all of them."""
+
+    arm: str
+    steps: list[int]
+    median: list[float]
+    low: list[float]
+    high: list[float]
+    seeds: int
+    to_target: list[float]  # steps to the target of the runs that reached it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of one arm: the accuracy of its runs and how many of them diverged."""
+
+    value: float
+    accuracies: list[float]
+    diverged: list[bool]
+
+    @property
+    def mean(self) -> float | None:
+        return finite(np.mean(self.accuracies)) if self.accuracies else None
+
+    def half_width(self) -> float | None:
+        """Half of the 95 % Student interval of the mean over seeds; None for fewer than two runs."""
+        if len(self.accuracies) < 2:
+            return None
+        return float(stats.t.ppf(0.975, len(self.accuracies) - 1) * stats.sem(self.accuracies))
+
+
+@dataclass(frozen=True)
+class Fan:
+    """Percentiles of one hidden unit's pre-activation, (T, 3), and the medians of the other units, (T, U-1)."""
+
+    arm: str
+    layer: str
+    unit: str
+    steps: list[int]
+    levels: list[float]
+    values: np.ndarray
+    others: np.ndarray
+
+
+@dataclass(frozen=True)
+class AffineLayer:
+    """Percentiles `AFFINE_LEVELS` of one layer's weight (γ) and bias (β) over its features."""
+
+    arm: str
+    layer: str
+    weight: list[float] | None
+    bias: list[float] | None
+    features: int
+
+
+@dataclass
+class Evidence:
+    """The study's files behind one set of questions; `traces(run_id)` may fail for a run whose file is gone."""
+
+    summary: Mapping[str, Any]
+    runs: pd.DataFrame
+    traces: Callable[[str], Trace]
+    _read: dict[str, Trace] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def arms(self) -> list[str]:
+        named = self.summary.get("arms") or list(dict.fromkeys(self.runs.get("arm", [])))
+        return [str(arm) for arm in named]
+
+    def setting(self, arm: str, name: str) -> float | None:
+        return finite((self.summary.get("settings", {}).get(arm) or {}).get(name))
+
+    @property
+    def target(self) -> float | None:
+        return finite(self.summary.get("target_accuracy"))
+
+    def trace(self, run_id: str) -> Trace:
+        """The run's trace, or an empty one where it cannot be read: the report then says less, and still opens."""
+        if run_id not in self._read:
+            try:
+                self._read[run_id] = self.traces(run_id) or {}
+            except (OSError, KeyError, ValueError):
+                self._read[run_id] = {}
+        return self._read[run_id]
+
+    def measured(self, arm: str, **setting: float | None) -> pd.DataFrame:
+        """Runs of the measuring seeds of one arm; a setting of None matches nothing."""
+        rows = self.runs
+        if rows.empty:
+            return rows
+        keep = (rows["purpose"] == "measure") & (rows["arm"].astype(str) == arm)
+        for name, value in setting.items():
+            wanted = math.nan if value is None else value
+            keep &= np.isclose(rows[name].astype(float), wanted, rtol=1e-6, atol=1e-12)
+        return rows[keep]
+
+    def base(self, arm: str) -> pd.DataFrame:
+        """The arm's measuring runs at its own best rate, without weight decay or dropout."""
+        return self.measured(arm, lr=self.setting(arm, "best_lr"), weight_decay=0.0, dropout=0.0)
+
+    def chosen(self, arm: str) -> pd.DataFrame:
+        names = ("lr", "weight_decay", "dropout")
+        return self.measured(arm, **{name: self.setting(arm, name) for name in names})
+
+    def curve(self, arm: str) -> Curve | None:
+        rows = self.base(arm)
+        tracks = {row.run_id: self.trace(row.run_id) for row in rows.itertuples()}
+        steps = sorted({step for trace in tracks.values() for step in trace.get("steps", []) if step > 0})
+        lines = [_on_steps(tracks[row.run_id], row, steps) for row in rows.itertuples()]
+        lines = [line for line in lines if line is not None]
+        if not steps or not lines:
+            return None
+        table = np.array(lines)
+        reached = rows["steps_to_target"].astype(float).dropna().tolist()
+        middle, low, high = (f(table, axis=0).tolist() for f in (np.median, np.min, np.max))
+        return Curve(arm, steps, middle, low, high, len(lines), reached)
+
+    def cells(self, arm: str, swept: str) -> list[Cell]:
+        """The arm's runs over the grid of `swept` ("lr", "weight_decay" or "dropout"), the others held at base."""
+        held: dict[str, float | None] = {"weight_decay": 0.0, "dropout": 0.0}
+        if swept != "lr":
+            held["lr"] = self.setting(arm, "best_lr")
+        held.pop(swept, None)
+        rows = self.measured(arm, **held)
+        if rows.empty:
+            return []
+        found = []
+        for value, group in rows.groupby(rows[swept].astype(float)):
+            scored = group[np.isfinite(group["val_accuracy"].astype(float))]
+            accuracies = scored["val_accuracy"].astype(float).tolist()
+            found.append(Cell(float(value), accuracies, [_truth(flag) for flag in scored["diverged"]]))
+        return found
+
+    def typical_run(self, arm: str) -> Trace:
+        """The trace of the base run whose drift is the middle one of its seeds (of the lower two when even)."""
+        rows = self.base(arm)
+        kept = rows[[not _truth(flag) for flag in rows["diverged"]]] if len(rows) else rows
+        for run_id in _from_the_middle(kept):
+            if trace := self.trace(run_id):
+                return trace
+        return {}
+
+    def fan(self, arm: str) -> Fan | None:
+        trace = self.typical_run(arm)
+        percentiles = trace.get("percentiles") or {}
+        try:
+            values = np.array(percentiles.get("values", []), dtype=float)
+            if values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
+                return None
+        except (TypeError, ValueError):
+            return None
+        steps = np.array(trace.get("steps", []))[: len(values)]
+        seen = (steps > 0) & np.isfinite(values).all(axis=(1, 2))
+        if not seen.any():
+            return None
+        steps, values = steps[seen], values[seen]
+        index = _typical_unit(values)
+        units = percentiles.get("units") or list(range(values.shape[1]))
+        others = np.delete(values[:, :, 1], index, axis=1)
+        return Fan(
+            arm, str(percentiles.get("layer", "hidden")), str(units[index]), steps.tolist(),
+            [float(level) for level in percentiles.get("levels", (15, 50, 85))], values[:, index], others,
+        )  # fmt: skip
+
+    def affine(self, arm: str) -> list[AffineLayer]:
+        """Learnt γ and β by layer, all base runs of the arm pooled."""
+        weights: dict[str, list[float]] = {}
+        biases: dict[str, list[float]] = {}
+        for run_id in self.base(arm)["run_id"] if len(self.base(arm)) else []:
+            for layer in self.trace(run_id).get("affine") or []:
+                name = str(layer.get("layer", "?"))
+                weights.setdefault(name, []).extend(layer.get("weight") or [])
+                biases.setdefault(name, []).extend(layer.get("bias") or [])
+        found = [
+            AffineLayer(arm, name, _spread(weights[name]), _spread(biases[name]), len(weights[name]))
+            for name in weights
+        ]
+        return [layer for layer in found if layer.weight or layer.bias]
+
+    def diverged(self, arm: str | None = None) -> int:
+        rows = self.runs if arm is None or self.runs.empty else self.runs[self.runs["arm"].astype(str) == arm]
+        return sum(_truth(flag) for flag in rows.get("diverged", []))
+
+
+def _truth(flag: Any) -> bool:
+    return str(flag).strip().lower() in ("true", "1", "1.0")
+
+
+def _on_steps(trace: Trace, row: Any, steps: Sequence[int]) -> list[float] | None:
+    """One run's accuracy at `steps`; after it diverged it counts as chance, which its row records."""
+    pairs = zip(trace.get("steps", []), trace.get("val_accuracy", []), strict=False)
+    known = {step: value for step, value in pairs if finite(value) is not None}
+    if not known:
+        return None
+    after = float(row.val_accuracy) if _truth(row.diverged) else None
+    last = max(known)
+    line = [float(np.interp(step, list(known), list(known.values()))) for step in steps]
+    return [value if step <= last or after is None else after for step, value in zip(steps, line, strict=True)]
+
+
+def _from_the_middle(rows: pd.DataFrame) -> list[str]:
+    """run_ids ordered by how near their drift stands to the middle of the ranking."""
+    if rows.empty:
+        return []
+    ranked = rows.sort_values("drift")["run_id"].tolist() if "drift" in rows else rows["run_id"].tolist()
+    middle = (len(ranked) - 1) // 2
+    return [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: abs(i - middle))]
+
+
+def _typical_unit(values: np.ndarray) -> int:
+    """Index of the unit whose median travels the median distance of all units (values: (T, U, 3))."""
+    travel = np.abs(np.diff(values[:, :, 1], axis=0)).sum(axis=0)
+    return int(np.argsort(travel, kind="stable")[(len(travel) - 1) // 2])
+
+
+def _spread(values: list[float]) -> list[float] | None:
+    kept = [value for value in values if finite(value) is not None]
+    return [float(q) for q in np.percentile(kept, AFFINE_LEVELS)] if kept else None

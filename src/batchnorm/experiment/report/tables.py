@@ -1,0 +1,180 @@
+"""The report's tables: the numbers behind each figure, the layers, the settings, where it all came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .evidence import AFFINE_LEVELS, Cell, Evidence, finite
+from .style import number, percent
+
+VERSIONED = ("batchnorm", "torch", "python")
+FEW_VALUES = 26  # fewer values than this a mean: the noise of batch statistics starts to hurt
+
+
+@dataclass(frozen=True)
+class Table:
+    """`head` and `rows` of texts; the first `lead` columns are words (left), the others numbers (right)."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    lead: int = 1
+
+
+def accuracy(evidence: Evidence) -> Table | None:
+    rows = []
+    for arm in evidence.arms:
+        if curve := evidence.curve(arm):
+            reached = f"{len(curve.to_target)} of {curve.seeds}"
+            middle = number(np.median(curve.to_target)) if curve.to_target else "—"
+            ends = [percent(v) for v in (curve.median[-1], curve.low[-1], curve.high[-1])]
+            rows.append([arm, number(evidence.setting(arm, "best_lr")), reached, middle, *ends])
+    head = ["Arm", "Learning rate", "Reached target", "Median steps to it"]
+    head += ["Last accuracy", "Lowest seed", "Highest seed"]
+    caption = "Each arm at its own best rate; steps are of the runs that reached the target."
+    return Table(caption, head, rows) if rows else None
+
+
+def grid(evidence: Evidence, swept: str, title: str) -> Table | None:
+    """Values of the grid down, arms across: mean accuracy and how many runs diverged."""
+    table = {arm: {cell.value: cell for cell in evidence.cells(arm, swept)} for arm in evidence.arms}
+    values = sorted({value for cells in table.values() for value in cells})
+    rows = [[number(value), *(_grid_words(table[arm].get(value)) for arm in evidence.arms)] for value in values]
+    caption = "Mean best validation accuracy over the measuring seeds."
+    return Table(caption, [title, *evidence.arms], rows) if rows else None
+
+
+def _grid_words(cell: Cell | None) -> str:
+    if cell is None or cell.mean is None:
+        return "—"
+    lost = f" ({sum(cell.diverged)} of {len(cell.diverged)} diverged)" if any(cell.diverged) else ""
+    return percent(cell.mean) + lost
+
+
+def fans(evidence: Evidence) -> Table | None:
+    found = [fan for arm in evidence.arms if (fan := evidence.fan(arm))]
+    rows = []
+    for fan in found:
+        for word, at in (("first", 0), ("last", -1)):
+            where = [fan.arm, f"{fan.layer}, unit {fan.unit}", f"{word} look, step {fan.steps[at]:,}"]
+            rows.append([*where, *(number(value) for value in fan.values[at])])
+    levels = [f"{level:g} %" for level in found[0].levels] if found else []
+    caption = "Percentiles of the pre-activation over the validation samples."
+    return Table(caption, ["Arm", "Unit", "When", *levels], rows, lead=3) if rows else None
+
+
+def affine(evidence: Evidence) -> Table | None:
+    rows = []
+    for layer in (layer for arm in evidence.arms for layer in evidence.affine(arm)):
+        for word, spread in (("γ", layer.weight), ("β", layer.bias)):
+            if spread:
+                rows.append([layer.arm, layer.layer, word, *(number(value) for value in spread)])
+    head = ["Arm", "Layer", "", *(f"{level} %" for level in AFFINE_LEVELS)]
+    return Table("Percentiles over features and seeds.", head, rows, lead=3) if rows else None
+
+
+def layers(evidence: Evidence) -> list[Table]:
+    """One table for each group of arms with the same layers."""
+    groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for arm in evidence.arms:
+        own = (evidence.summary.get("layers") or {}).get(arm) or []
+        rows = tuple(tuple(_layer_row(layer)) for layer in own)
+        groups.setdefault(rows, []).append(arm)
+    head = ["Layer", "Kind", "Features", "Positions w·h", "m = b·w·h"]
+    return [Table(", ".join(arms), head, [list(row) for row in rows], lead=2) for rows, arms in groups.items() if rows]
+
+
+def _layer_row(layer: dict[str, Any]) -> list[str]:
+    name, kind = str(layer.get("name", "?")), str(layer.get("kind", "?"))
+    features, positions, m = (finite(layer.get(key)) for key in ("features", "positions", "m"))
+    sizes = ["—" if size is None else f"{size:,.0f}" for size in (features, positions, m)]
+    if m is not None and m < FEW_VALUES and "BatchNorm" in kind:
+        sizes[2] += " (few)"
+    return [name, kind, *sizes]
+
+
+def settings(evidence: Evidence) -> Table:
+    rows = []
+    for arm in evidence.arms:
+        chosen = evidence.chosen(arm)
+        runs = evidence.runs[evidence.runs["arm"].astype(str) == arm] if len(evidence.runs) else evidence.runs
+        values = [number(evidence.setting(arm, key)) for key in ("best_lr", "lr", "weight_decay", "dropout")]
+        scores = [_mean_and_spread(chosen[key]) if len(chosen) else "—" for key in ("val_accuracy", "test_accuracy")]
+        rows.append([arm, *values, *scores, str(len(runs)), str(evidence.diverged(arm))])
+    head = ["Arm", "Best rate", "Rate", "Weight decay", "Dropout", "Validation", "Test", "Runs", "Diverged"]
+    caption = (
+        "Best rate: with neither weight decay nor dropout. The next columns: the setting chosen for the arm, and its "
+        "accuracy, mean ± standard deviation over the measuring seeds."
+    )
+    return Table(caption, head, rows)
+
+
+def _mean_and_spread(values: Any) -> str:
+    known = [value for value in map(finite, values) if value is not None]
+    if not known:
+        return "—"
+    spread = f" ± {100 * np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+    return f"{100 * np.mean(known):.1f}{spread} %"
+
+
+def provenance(evidence: Evidence) -> list[tuple[str, str]]:
+    """Pairs of name and value: all that is needed to run the study again."""
+    summary, data = evidence.summary, evidence.summary.get("data") or {}
+    seeds = summary.get("seeds") or {}
+    grids = summary.get("grids") or {}
+    rows = [
+        ("Command", summary.get("command")),
+        ("Made", str(summary.get("created") or "").replace("T", " ")),
+        ("Runs", f"{len(evidence.runs):,}, of which {evidence.diverged():,} diverged"),
+        ("Time", _duration(summary.get("seconds"))),
+        ("Data", _data_words(data)),
+        ("Classes", _class_words(data.get("labels") or [])),
+        ("Network", summary.get("model")),
+        ("Batch size, optimizer, steps", _common(evidence, ("batch_size", "optimizer", "steps"))),
+        *((f"Grid of {name.replace('_', ' ')}", _numbers(values)) for name, values in grids.items()),
+        *((f"Seeds that {name}", _numbers(values)) for name, values in seeds.items()),
+        ("Versions", ", ".join(f"{key} {summary[key]}" for key in VERSIONED if summary.get(key))),
+        ("Platform", summary.get("platform")),
+        ("Commit", summary.get("commit") or "not recorded: run outside a git checkout"),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _numbers(values: Any) -> str:
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+    return str(values)
+
+
+def _duration(seconds: Any) -> str:
+    known = finite(seconds)
+    if known is None:
+        return ""
+    return f"{known:.0f} seconds" if known < 120 else f"{known / 60:.0f} minutes"
+
+
+def _data_words(data: dict[str, Any]) -> str:
+    parts = [str(data.get("name", "unnamed"))]
+    if (samples := finite(data.get("samples"))) is not None:
+        shape = "×".join(str(size) for size in data.get("shape") or [])
+        parts.append(f"{samples:,.0f} samples" + (f" of shape {shape}" if shape else ""))
+    sizes = [(part, finite(data.get(part))) for part in ("train", "validation", "test")]
+    split = [f"{part} {size:,.0f}" for part, size in sizes if size is not None]
+    return ", ".join(parts) + (f" ({', '.join(split)})" if split else "")
+
+
+def _class_words(labels: Sequence[Any]) -> str:
+    shown = ", ".join(str(name) for name in labels[:20])
+    return f"{len(labels)}: {shown}{', …' if len(labels) > 20 else ''}" if labels else ""
+
+
+def _common(evidence: Evidence, columns: Sequence[str]) -> str:
+    found = []
+    for column in columns:
+        values = evidence.runs[column].dropna().unique().tolist() if column in evidence.runs else []
+        found.append(" / ".join(number(v, 6) if finite(v) is not None else str(v) for v in values) or "—")
+    return ", ".join(found)

@@ -1,0 +1,95 @@
+"""What torch refuses, we refuse with the same exception type, before anything is written; and the rest clearly."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from batchnorm import BatchNorm1d, BatchNorm2d
+from batchnorm.functional import batch_norm
+
+
+def x(*shape, **keywords):
+    return torch.randn(shape or (4, 3), **keywords)
+
+
+AS_TORCH = {
+    "one value a channel": lambda f: f(x(1, 3), None, None, training=True),
+    "one value a channel, spatial": lambda f: f(x(1, 3, 1, 1), None, None, training=True),
+    "no buffers in evaluation": lambda f: f(x(), None, None),
+    "one buffer of two": lambda f: f(x(), torch.zeros(3), None, training=True),
+    "short running_mean": lambda f: f(x(), torch.zeros(2), torch.ones(2), training=True),
+    "short weight": lambda f: f(x(), None, None, torch.ones(2), None, True),
+    "short bias": lambda f: f(x(), None, None, torch.ones(3), torch.ones(4), True),
+    "eps of zero in training": lambda f: f(x(), None, None, training=True, eps=0.0),
+    "negative eps": lambda f: f(x(), torch.zeros(3), torch.ones(3), eps=-1.0),
+    "integers": lambda f: f(torch.ones(4, 3, dtype=torch.int64), torch.zeros(3), torch.ones(3)),
+    "complex": lambda f: f(torch.ones(4, 3, dtype=torch.complex64), torch.zeros(3), torch.ones(3)),
+    "double input, float buffers": lambda f: f(x(dtype=torch.float64), torch.zeros(3), torch.ones(3)),
+    "float input, half buffers": lambda f: f(x(), torch.zeros(3).half(), torch.ones(3).half()),
+    "gradient through a buffer": lambda f: f(x(), torch.zeros(3, requires_grad=True), torch.ones(3), training=True),
+    "vector input": lambda f: f(x(3), torch.zeros(3), torch.ones(3)),
+    "input on another device": lambda f: f(x(device="meta"), torch.zeros(3), torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", list(AS_TORCH))
+def test_the_same_exception_type_as_torch(name):
+    case = AS_TORCH[name]
+    with pytest.raises(Exception) as theirs:
+        case(F.batch_norm)
+    with pytest.raises(theirs.type):
+        case(batch_norm)
+
+
+def test_messages_say_shape_and_axis():
+    with pytest.raises(RuntimeError, match=r"running_mean should contain 5 elements not 3.*\(4, 5\) is axis 1"):
+        BatchNorm1d(3)(x(4, 5))
+    with pytest.raises(
+        ValueError, match=r"Expected more than 1 value per channel when training, got input size.*drop_last"
+    ):
+        BatchNorm1d(3)(x(1, 3))
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\)"):
+        BatchNorm2d(3)(x())
+
+
+@pytest.mark.parametrize(
+    ("residual", "error"),
+    [
+        (lambda: x(4, 4), ValueError),
+        (lambda: x(1, 3), ValueError),
+        (lambda: x(dtype=torch.float64), RuntimeError),
+        (lambda: x(device="meta"), RuntimeError),
+    ],
+)
+def test_a_residual_that_does_not_fit(residual, error):
+    layer = BatchNorm1d(3)
+    with pytest.raises(error, match="residual"):
+        layer(x(), residual())
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+def test_nothing_is_counted_where_a_call_fails():
+    layer = BatchNorm1d(3)
+    with pytest.raises(RuntimeError):
+        layer(x(4, 5))
+    assert layer.num_batches_tracked == 0
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match=r"activation must be None or one of relu, .*; got 'swish'"):
+        BatchNorm1d(3, activation="swish")
+    with pytest.raises(ValueError, match="activation"):
+        batch_norm(x(), None, None, training=True, activation="swish")
+
+
+def test_momentum_none_needs_the_counter():
+    with pytest.raises(ValueError, match="num_batches_tracked"):
+        batch_norm(x(), torch.zeros(3), torch.ones(3), training=True, momentum=None)
+
+
+def test_a_buffer_that_overlaps_itself_is_refused():
+    mean, var = torch.zeros(1).expand(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        batch_norm(x(), mean, var, training=True)
+    assert torch.equal(var, torch.ones(3))
