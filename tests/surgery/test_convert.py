@@ -224,3 +224,35 @@ def test_unknown_keywords_are_refused_before_anything_changes():
     with pytest.raises(UserError, match="unknown keyword activation"):
         convert(model, activation="relu")
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_sync_batch_norm_becomes_one_of_ours_that_runs_anywhere_and_goes_back():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU()))
+    convert(model)
+    assert isinstance(model[1], batchnorm.BatchNorm2d)
+    assert model[1].process_group == "world"
+    assert model(torch.randn(2, 3, 5)).min() == 0
+    assert type(revert(model)[1]) is nn.SyncBatchNorm
+    assert model[1].process_group is None
+
+
+def test_keywords_are_set_on_all_layers_and_torch_cannot_express_them():
+    model, x = nn.Sequential(nn.BatchNorm1d(3), batchnorm.BatchNorm1d(3), nn.LazyBatchNorm1d()), torch.randn(6, 3)
+    weights = [m.weight for m in model]
+    convert(model, ghost_batch_size=3, nonfinite="skip")
+    assert [m.ghost_batch_size for m in model] == [3, 3, 3]
+    assert all(m.weight is weight for m, weight in zip(model, weights, strict=True))
+    expected = torch.cat([nn.functional.batch_norm(part, None, None, training=True) for part in x.split(3)])
+    torch.testing.assert_close(model[0](x), expected)
+    with pytest.raises(UserError, match=r"revert: 0 has ghost_batch_size=3.*set it to None first"):
+        revert(model)
+    convert(model, ghost_batch_size=None, nonfinite="propagate")
+    assert {type(m) for m in revert(model)} == {nn.BatchNorm1d, nn.LazyBatchNorm1d}
+    assert model[0].state_dict().keys() == nn.BatchNorm1d(3).state_dict().keys()
+
+
+def test_a_value_that_one_layer_refuses_changes_none():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="accumulation_steps"):
+        convert(model, accumulation_steps=2)
+    assert [type(m) for m in model] == [nn.BatchNorm1d, nn.BatchNorm1d]

@@ -115,6 +115,13 @@ def test_sequences_reached_through_views():
     check(trained(Net()), torch.randn(2, 7, 4).double())
 
 
+def test_a_feature_axis_of_its_own_and_domains():
+    norm = batchnorm.BatchNorm1d(5, feature_axis=-1)
+    check(trained(nn.Sequential(nn.Linear(4, 5), norm, nn.Linear(5, 5))), torch.randn(2, 5, 4).double())
+    model = trained(nn.Sequential(nn.Linear(4, 5), batchnorm.BatchNorm1d(5, domains=2)))
+    check(model, torch.randn(2, 4).double(), {"1": "domain"})
+
+
 def test_the_wrong_axis_is_seen_though_the_sizes_agree():
     model = trained(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)))
     check(model, torch.randn(2, 5, 4).double(), {"1": "another axis"})

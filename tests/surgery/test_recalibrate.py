@@ -172,6 +172,22 @@ def test_a_layer_called_twice_pools_both_calls():
     torch.testing.assert_close(model.norm.running_var, both.var(0))
 
 
+def test_masks_and_feature_axes_are_followed():
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = batchnorm.BatchNorm1d(3, feature_axis=-1).double()
+
+        def forward(self, x, mask):
+            return self.norm(x, mask=mask)
+
+    model, x = Padded(), data(120).view(20, 6, 3)
+    mask = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) < 0.7
+    recalibrate(model, [{"x": x[:13], "mask": mask[:13]}, {"x": x[13:], "mask": mask[13:]}])
+    torch.testing.assert_close(model.norm.running_mean, x[mask].mean(0))
+    torch.testing.assert_close(model.norm.running_var, x[mask].var(0))
+
+
 def test_convolutions_and_half_precision_buffers():
     model = PreActivation()
     model.last_norm.half()

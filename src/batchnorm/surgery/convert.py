@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter, OrderedDict
 from itertools import pairwise
@@ -50,7 +51,9 @@ _LAZY: dict[type, type] = {
     nn.LazyBatchNorm3d: _LazyBatchNorm3d,
 }
 _TORCHS = {ours: torchs for kinds in (_OURS, _LAZY) for torchs, ours in kinds.items()}
-_KEYWORDS = ("ghost_batch_size", "renorm", "process_group", "nonfinite")
+_KEYWORDS = (
+    "ghost_batch_size", "renorm", "process_group", "nonfinite", "accumulation_steps", "domains", "domain_affine",
+)  # fmt: skip
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -85,8 +88,8 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
 
     Args:
         model: any module.
-        **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, set on every layer, also on those
-            that were ours already.
+        **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, `accumulation_steps`, `domains`,
+            `domain_affine`, set on every layer, also on those that were ours already.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.
@@ -102,33 +105,28 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
         raise UserError(f"convert: unknown keyword {unknown[0]}; it takes {', '.join(_KEYWORDS)}")
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
-    _settings(keywords)
+    BatchNorm2d(1, **keywords)  # checks the values before anything changes
     for name, module in model.named_modules():
         kind = thawed_class(type(module))
         if kind in _OURS:
             plan[module] = _as_ours(module, keywords)
         elif _is_torchvision_frozen(module):
             plan[module] = _from_torchvision(module)
+        elif keywords and kind in _TORCHS and kind not in _LAZY.values():
+            plan[module] = new = _with_the_same_insides(module, type(module))
+            new.configure(**keywords)
         elif is_norm(module) and kind not in _LAZY and kind not in _TORCHS:
             left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
     done = replace_all(model, plan)
     for module in done.root.modules():
-        if type(module) in _LAZY:  # changed in place: its own hooks, which give it its size, are bound to it
-            module.__class__ = _LAZY[type(module)]
-            module.__dict__.update(_settings(keywords))
-        elif thawed_class(type(module)) in _TORCHS and keywords and module not in plan.values():
-            module.__dict__.update({name: _settings(keywords)[name] for name in keywords})
+        if type(module) in (*_LAZY, *_LAZY.values()):  # in place: the hooks that give it its size are bound to it
+            lazy: Any = module
+            lazy.__class__ = _LAZY.get(type(module), type(module))
+            lazy.configure(**keywords)
     _absorb_activations(done.root)
     if left:
         warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
     return done.root
-
-
-def _settings(keywords: dict[str, Any]) -> dict[str, Any]:
-    """What a layer of ours with these keywords holds beyond a layer of torch's. Made anew for each layer, by the
-    constructor, which checks them."""
-    torchs = vars(nn.BatchNorm2d(1))
-    return {name: value for name, value in vars(BatchNorm2d(1, **keywords)).items() if name not in torchs}
 
 
 def _as_ours(module: nn.Module, keywords: dict[str, Any]) -> nn.Module:
@@ -137,14 +135,18 @@ def _as_ours(module: nn.Module, keywords: dict[str, Any]) -> nn.Module:
         group = module.process_group
         keywords = {"process_group": "world" if group is None else group, **keywords}
     new = _with_the_same_insides(module, frozen_class(ours) if is_frozen(module) else ours)
-    new.__dict__.update(_settings(keywords))
+    new.configure(**keywords)
+    new.frozen = is_frozen(module)
     return new
 
 
 def _with_the_same_insides(module: nn.Module, kind: Any) -> Any:
-    """A `kind` that shares the module's dicts of parameters, buffers and hooks: handles of hooks hold on to those."""
+    """A `kind` with the module's parameters and buffers, which shares its dicts of hooks: their handles hold on to
+    those. A setting that adds a buffer adds it to the new one alone."""
     new = kind.__new__(kind)
     new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        new.__dict__[name] = copy.copy(new.__dict__[name])
     return new
 
 
@@ -160,7 +162,7 @@ def _is_torchvision_frozen(module: nn.Module) -> bool:
 
 
 def _from_torchvision(module: nn.Module) -> nn.Module:
-    new: nn.Module = BatchNorm2d(module._buffers["weight"].numel(), eps=module.eps)  # type: ignore[union-attr, arg-type]  # checked by _is_torchvision_frozen
+    new: Any = BatchNorm2d(module._buffers["weight"].numel(), eps=module.eps)  # type: ignore[union-attr, arg-type]  # checked by _is_torchvision_frozen
     for name in ("weight", "bias", "num_batches_tracked"):
         delattr(new, name)
     new.register_buffer("num_batches_tracked", None)
@@ -168,6 +170,7 @@ def _from_torchvision(module: nn.Module) -> nn.Module:
         new.register_buffer(name, buffer)
     new.training = False
     new.__class__ = frozen_class(BatchNorm2d)
+    new.frozen = True
     new.__dict__.update(_before_freezing={}, _mode_asked=False, _converted_from=(module,))
     return new
 
@@ -210,7 +213,8 @@ def revert(model: nn.Module) -> nn.Module:
         The same model; a model that is itself a batch normalization is returned anew.
 
     Raises:
-        UserError: a layer uses ghost batches, renormalization or `nonfinite="skip"`, which torch has not.
+        UserError: a layer uses ghost batches, renormalization, domains or another setting that torch has not; the
+            model is then unchanged.
     """
     for name, module in model.named_modules():
         if thawed_class(type(module)) in _TORCHS:
@@ -226,12 +230,12 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _check_expressible(name: str, module: Any) -> None:
-    plain = {"ghost_batch_size": None, "renorm": None, "nonfinite": "propagate"}
-    for setting, value in plain.items():
-        if getattr(module, setting) != value:
+    for setting in ("ghost_batch_size", "renorm", "nonfinite", "accumulation_steps", "feature_axis", "domains"):
+        value = getattr(module, setting)
+        if value != getattr(BatchNorm2d, setting):
             raise UserError(
-                f"revert: {name or 'the model'} has {setting}={getattr(module, setting)}, which torch.nn has not; "
-                f"set it to {value!r} first, with convert(model, {setting}={value!r})"
+                f"revert: {name or 'the model'} has {setting}={value}, which torch.nn has not; set it to "
+                f"{getattr(BatchNorm2d, setting)!r} first (convert takes keywords), or keep the layer"
             )
 
 
@@ -266,5 +270,6 @@ def _as_torchs(module: Any) -> nn.Module:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for setting in ("activation", "negative_slope", *_KEYWORDS):
-        module.__dict__.pop(setting, None)
+    module._buffers.pop("num_batches_skipped", None)
+    for name in (vars(BatchNorm2d(1)).keys() - vars(nn.BatchNorm2d(1)).keys()) | {"frozen", "domain"}:
+        module.__dict__.pop(name, None)

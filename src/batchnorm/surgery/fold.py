@@ -229,6 +229,8 @@ def _why_not(norm: Any, seen: Trace) -> str:
         return "keeps no running statistics"
     if rest_of(norm) is None:
         return f"{type(norm).__module__}.{type(norm).__qualname__} may do more than normalize"
+    if getattr(norm, "domains", None) is not None:
+        return "its statistics depend on the domain"
     if parametrize.is_parametrized(norm):
         return "its γ or β is parametrized"
     if norm._forward_hooks or norm._forward_pre_hooks:
@@ -259,7 +261,7 @@ def _layer_before(call: Call, seen: Trace) -> tuple[Call | None, str]:
     assert source.output is not None
     assert call.input is not None
     axis = channel_axis(source.module, len(source.output.shape))
-    if len(call.input.shape) < 2 or not source.output.same_axis(axis, call.input, 1):
+    if len(call.input.shape) < 2 or not source.output.same_axis(axis, call.input, _norm_axis(call)):
         return None, f"it normalizes another axis than the channels of {source.name}"
     return _only(source, call.name, seen, source)
 
@@ -273,9 +275,13 @@ def _layer_after(call: Call, seen: Trace) -> tuple[Call | None, str]:
     assert call.output is not None
     assert reader.input is not None
     axis = channel_axis(reader.module, len(reader.input.shape))
-    if not call.output.same_axis(1, reader.input, axis):
+    if not call.output.same_axis(_norm_axis(call), reader.input, axis):
         return None, f"its channels are not those of {reader.name}'s input"
     return _only(call, reader.name, seen, reader)
+
+
+def _norm_axis(call: Call) -> int:
+    return getattr(call.module, "feature_axis", 1)
 
 
 def _only(read: Call, reader: str, seen: Trace, layer: Call) -> tuple[Call | None, str]:

@@ -26,7 +26,7 @@ class _Frozen:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly, so a pickle or a deep copy has to make it again.
-        return _restore, (thawed_class(type(self)),), self.__dict__
+        return _restore, (thawed_class(type(self)),), self.__getstate__()
 
 
 def _restore(base: type) -> Any:
@@ -46,7 +46,8 @@ def thawed_class(kind: type) -> type:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    return isinstance(module, _Frozen)
+    """Whether `freeze` holds the layer, or one of ours was told so by its flag."""
+    return isinstance(module, _Frozen) or getattr(module, "frozen", False) is True
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -67,7 +68,7 @@ def freeze(model: nn.Module) -> nn.Module:
         UserError: a layer keeps no running statistics (`track_running_stats=False`), so it has nothing to be
             held at; the model is then unchanged.
     """
-    norms = {name: m for name, m in model.named_modules() if is_norm(m) and not is_frozen(m)}
+    norms = {name: m for name, m in model.named_modules() if is_norm(m) and not isinstance(m, _Frozen)}
     for name, norm in norms.items():
         if norm.running_mean is None:
             raise UserError(
@@ -80,6 +81,8 @@ def freeze(model: nn.Module) -> nn.Module:
         norm.__class__ = frozen_class(kind)
         norm.__dict__.update(_before_freezing=held, _mode_asked=norm.training)
         norm.train(norm.training)
+        if hasattr(norm, "frozen"):  # ours says so itself, in its repr and to the doctor
+            norm.frozen = True
         for name in held:
             parameter = norm._parameters[name]
             assert parameter is not None
@@ -97,9 +100,12 @@ def unfreeze(model: nn.Module) -> nn.Module:
     """
     for norm in model.modules():
         if not isinstance(norm, _Frozen):
+            if is_norm(norm):
+                norm.__dict__.pop("frozen", None)
             continue
         held = norm.__dict__.pop("_before_freezing")
         mode = norm.__dict__.pop("_mode_asked")
+        norm.__dict__.pop("frozen", None)
         norm.__class__ = thawed_class(type(norm))
         norm.train(mode)
         for name, (requires_grad, grad) in held.items():

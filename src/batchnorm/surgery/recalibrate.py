@@ -136,6 +136,8 @@ class _Job:
     def _why_not(self, norm: nn.Module) -> str:
         if is_frozen(norm) or (self.model.training and not norm.training):
             return "frozen"
+        if getattr(norm, "domains", None) is not None:
+            return "keeps its statistics by domain"
         return "keeps no running statistics" if norm.running_mean is None else ""
 
     # --- data --------------------------------------------------------------------------------------
@@ -230,7 +232,10 @@ class _Job:
 
         def take(name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
             given = [*args, *(kwargs[key] for key in ("input",) if key in kwargs)][0]
-            pools[name].add(given, kwargs.get("mask", args[2] if len(args) > 2 else None))
+            mask, axis = kwargs.get("mask", args[2] if len(args) > 2 else None), getattr(norm, "feature_axis", 1)
+            if mask is not None and mask.dim() == given.dim():
+                mask = mask.movedim(axis, 1)
+            pools[name].add(given.movedim(axis, 1), mask)
             if not (pools[name].mean.isfinite().all() and pools[name].m2.isfinite().all()):
                 raise UserError(
                     f"recalibrate: batch {self.batches} brings NaN or Inf to {name or 'the model'}; look at that "

@@ -24,7 +24,9 @@ class Unnormalized(nn.Identity):
         self.activation = activation
         self.negative_slope = negative_slope
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None, domain: Any = None
+    ) -> Tensor:
         total = input if residual is None else input + residual
         return activate(total, self.activation or "", self.negative_slope)
 
