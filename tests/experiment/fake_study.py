@@ -52,15 +52,11 @@ def _claims() -> dict[str, dict[str, Any]]:
             "no difference",
             "spread 3.0 points smaller, 95 % interval −7.5 to 1.5",
         ),
-        "dropout": claim(
-            2.5, 0, 0.4, 4.6, "points", "worse", "spread 2.5 points larger, 95 % interval 0.4 to 4.6"
-        ),
+        "dropout": claim(2.5, 0, 0.4, 4.6, "points", "worse", "spread 2.5 points larger, 95 % interval 0.4 to 4.6"),
         "generalization": claim(
             0.6, 0, -0.3, 1.5, "points", "no difference", "0.6 points more, 95 % interval −0.3 to 1.5"
         ),
-        "drift": claim(
-            0.31, 1, 0.2, 0.5, "ratio", "better", "drifts 0.31 times as far, 95 % interval 0.2–0.5"
-        ),
+        "drift": claim(0.31, 1, 0.2, 0.5, "ratio", "better", "drifts 0.31 times as far, 95 % interval 0.2–0.5"),
     }
 
 

@@ -1,0 +1,8 @@
+"""``python -m batchnorm``: the same as the command ``batchnorm``."""
+
+import sys
+
+from batchnorm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

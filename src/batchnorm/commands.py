@@ -1,0 +1,108 @@
+"""The commands and their options, declared for typer; each hands over to a function that Python users call too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchnorm._version import __version__
+
+if TYPE_CHECKING:
+    from batchnorm.experiment.study import StudyResult
+
+app = typer.Typer(name="batchnorm", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchnorm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example:  batchnorm study --quick --out first-study")
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Batch normalization for PyTorch, end to end."""
+
+
+@app.command(
+    epilog="Example:  batchnorm study --data faces.csv --arms none,batch,layer --out faces-study\n\n"
+    "Exit codes: 0 fine, 2 bad usage (one line says what to do), 130 interrupted (go on with --resume)."
+)
+def study(
+    data: Annotated[str, typer.Option(help="digits, openml:NAME, FILE.npz, FILE.csv or IMAGE_FOLDER.")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp, cnn or pkg.mod:function, which returns a Module.")] = "mlp",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, the last is compared with the first: none, batch, batch_no_affine, ghost, "
+            "renorm, layer, group, instance."
+        ),
+    ] = "none,batch",
+    out: Annotated[str, typer.Option(help="Folder for report.html, runs.csv and summary.json.")] = "study",
+    seeds: Annotated[int | None, typer.Option(help="Measuring seeds a setting, at least 2.", show_default="4")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller grid, fewer steps and seeds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Run exactly what is missing in --out.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes side by side.", show_default="the cores available")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates, comma-separated.", show_default="half decades")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.", show_default="1000, quick 600")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 60,
+    optimizer: Annotated[str, typer.Option(help="sgd, or momentum for SGD with momentum 0.9.")] = "sgd",
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout and nothing else.")] = False,
+) -> None:
+    """Measures what batch normalization does to a network: trains it with and without, over grids of learning
+    rate, weight decay and dropout with several seeds each, and compares. Writes report.html, runs.csv and
+    summary.json into --out.
+    """
+    from batchnorm.experiment.study import study as run_study
+
+    result = run_study(
+        data,
+        model,
+        arms,
+        out,
+        seeds,
+        quick,
+        resume,
+        workers,
+        engine,
+        lrs=lrs,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        # Beside JSON the bar may only go where a person looks on.
+        progress=(sys.stderr if sys.stderr.isatty() else None) if as_json else sys.stdout,
+    )
+    if as_json:
+        print(json.dumps(result.summary, indent=1, allow_nan=False))
+    else:
+        _show_claims(result)
+
+
+def _show_claims(result: StudyResult) -> None:
+    """Prints the table of the claims, then the three files, a line each and never wrapped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = result.summary
+    table = Table(title=f"{summary['compared']} against {summary['baseline']}", title_justify="left")
+    for heading in ("claim", "verdict", "in words"):
+        table.add_column(heading)
+    for name, claim in result.claims.items():
+        table.add_row(name, claim.verdict, claim.text)
+    # Labels and file names may hold what rich would take for markup.
+    Console(markup=False, highlight=False).print(table)
+    for path in (result.report, result.runs_csv, result.summary_json):
+        print(path)

@@ -1,0 +1,137 @@
+"""Runs side by side: processes of one thread each, every finished run on disk before its process takes the next.
+
+joblib's loky is the engine because it survives what multiprocessing.Pool hangs on (a worker killed for memory)
+and because it needs no ``if __name__ == "__main__"`` in a user's script.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from batchnorm.errors import UserError, quote_error
+from batchnorm.experiment.data import Dataset
+from batchnorm.experiment.networks import Architecture
+from batchnorm.experiment.plan import Run
+from batchnorm.experiment.record import Record
+
+
+def available_workers() -> int:
+    """Returns the number of cores that this process may use (affinity and container limits counted)."""
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
+@contextmanager
+def shared_data(data: Dataset) -> Iterator[Path]:
+    """Writes the data once for all workers, which map it instead of receiving a copy with each run."""
+    with tempfile.TemporaryDirectory(prefix="batchnorm-study-", ignore_cleanup_errors=True) as folder:
+        data.save(Path(folder))
+        yield Path(folder)
+
+
+@contextmanager
+def fresh_workers() -> Iterator[None]:
+    """Makes sure that the block's processes are its own, and that none of them outlives it.
+
+    joblib keeps a pool between calls. Its processes would still stand in the folder and hold the modules of an
+    earlier study: a network edited in between would be trained as it was.
+    """
+    _stop_workers()
+    try:
+        yield
+    finally:
+        _stop_workers()
+
+
+def execute(
+    runs: Sequence[Run],
+    architecture: Architecture,
+    data_folder: Path,
+    out: Path,
+    workers: int,
+    on_finished: Callable[[dict[str, Any]], None],
+) -> None:
+    """Trains every run and leaves its trace and row in `out`, calling `on_finished` with each row.
+
+    Raises:
+        UserError: a run failed, or a worker process died; the runs finished until then stay on disk.
+    """
+    if workers == 1 or len(runs) <= 1:
+        for run in runs:
+            on_finished(run_one(run, architecture, data_folder, out))
+        return
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    parallel = Parallel(
+        n_jobs=min(workers, len(runs)),
+        backend="loky",
+        batch_size=1,
+        pre_dispatch="2*n_jobs",
+        return_as="generator_unordered",
+    )
+    tasks = (delayed(_run_in_worker)(run, architecture, data_folder, out) for run in runs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loky's remarks on workers that leave early
+            for row in parallel(tasks):
+                on_finished(row)
+    except BrokenProcessPool as error:  # its message is a page of advice; the cause, where there is one, is short
+        cause = quote_error(error.__cause__) if error.__cause__ else "out of memory?"
+        raise UserError(
+            f"a worker process died ({cause}), --workers {workers}, continue with --resume and fewer workers"
+        ) from error
+
+
+def _stop_workers() -> None:
+    from joblib.externals.loky import get_reusable_executor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+def _run_in_worker(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> dict[str, Any]:
+    # Ctrl-C reaches the whole process group; the parent alone answers it, and then ends the workers.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return run_one(run, architecture, data_folder, out)
+
+
+def run_one(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> dict[str, Any]:
+    """Trains one run, puts it on disk and returns its row.
+
+    Raises:
+        UserError: whatever went wrong, in one sentence, because nothing else crosses to the user.
+    """
+    from batchnorm.experiment.train import train
+
+    try:
+        row, trace = train(run, architecture, _open_once(data_folder))
+        Record(out).add(row, trace)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"training fails ({quote_error(error)}), --model {architecture.model} in run {run.run_id}, "
+            "correct the network and start again"
+        ) from error
+    return row
+
+
+@functools.lru_cache(maxsize=1)
+def _open_once(data_folder: Path) -> Dataset:
+    return Dataset.open(data_folder)

@@ -1,0 +1,253 @@
+"""The experiment: what batch normalization does to one network on one data set, measured."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from batchnorm.errors import UserError
+from batchnorm.experiment.claims import Claim, compute_claims
+from batchnorm.experiment.data import Dataset, load
+from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
+from batchnorm.experiment.networks import Architecture
+from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
+from batchnorm.experiment.probe import layer_table
+from batchnorm.experiment.progress import ProgressView
+from batchnorm.experiment.provenance import model_digest, versions
+from batchnorm.experiment.record import COLUMNS, Record
+from batchnorm.experiment.report import write_report
+from batchnorm.experiment.selection import choose_rates, choose_settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What `study` returns.
+
+    Attributes:
+        claims: the six claims by name.
+        runs: runs.csv as a table, a row a training run, in the plan's order.
+        summary: summary.json as a dictionary.
+        report, runs_csv, summary_json: the three files.
+    """
+
+    claims: dict[str, Claim]
+    runs: pd.DataFrame
+    summary: dict[str, Any]
+    report: Path
+    runs_csv: Path
+    summary_json: Path
+
+
+def study(
+    data: str = "digits",
+    model: str = "mlp",
+    arms: str | Iterable[str] = "none,batch",
+    out: str | Path = "study",
+    seeds: int | None = None,
+    quick: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    engine: str = "local",
+    *,
+    lrs: str | Iterable[float] | None = None,
+    steps: int | None = None,
+    batch_size: int = 60,
+    optimizer: str = "sgd",
+    progress: TextIO | None = None,
+) -> StudyResult:
+    """Trains the same network under each arm over grids of settings and seeds, and measures how they differ.
+
+    Args:
+        data: ``digits``, ``openml:NAME``, a .npz or .csv file, or a folder of images by class.
+        model: ``mlp``, ``cnn`` or ``pkg.mod:function``.
+        arms: normalizations, comma-separated or iterable; the last is compared with the first.
+        out: the folder for report.html, runs.csv, summary.json and the runs' traces.
+        seeds: measuring seeds a setting, at least 2; None = 4 (2 when `quick`).
+        quick: a smaller grid over the same range, fewer steps and seeds.
+        resume: go on with the study in `out`, running exactly what is missing there.
+        workers: processes side by side, one thread each; None = the cores available.
+        engine: ``local``: processes of this machine.
+        lrs: learning rates instead of the grid of half decades.
+        steps: optimizer steps a run; None = 1000 (600 when `quick`).
+        batch_size: samples a step.
+        optimizer: ``sgd``, or ``momentum`` for SGD with momentum 0.9.
+        progress: where to show progress; None = nowhere.
+
+    Raises:
+        UserError: anything wrong with the options, the data or the network, in one sentence.
+    """
+    started = time.monotonic()
+    plan = make_plan(
+        model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=batch_size, optimizer=optimizer
+    )
+    _check_running(engine, workers)
+    dataset = load(data, BASE_SEED)
+    architecture = Architecture(model, dataset.shape, dataset.classes, batch_size)
+    layers = _check_arms(plan, architecture, dataset)
+    record = Record(Path(out))
+    options = {
+        "data": dataset.name,
+        "data_digest": dataset.fingerprint(),
+        "model": model,
+        "model_digest": model_digest(model),
+        **plan.to_json(),
+    }
+    rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
+    rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
+    table = _table(rows)
+    claims = compute_claims(table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps)
+    summary = {
+        "schema": 1,
+        **versions(),
+        "command": _command(plan, data=data, model=model, out=str(out), quick=quick, own_lrs=lrs is not None),
+        "data": dataset.describe(),
+        "model": model,
+        **_design(plan, chosen, target),
+        "layers": layers,
+        "runs": len(rows),
+        "seconds": round(time.monotonic() - started, 1),
+        "claims": {name: claim.to_json() for name, claim in claims.items()},
+    }
+    record.rewrite(rows)
+    record.write_summary(summary)
+    write_report(record.report, summary, table, record.read_trace)
+    return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
+
+
+def _check_running(engine_name: str, workers: int | None) -> None:
+    if engine_name != "local":
+        raise UserError(f"unknown engine {engine_name!r}, --engine, give local")
+    if workers is not None and workers < 1:
+        raise UserError(f"{workers} workers, --workers, give at least 1")
+
+
+def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
+    example = torch.from_numpy(data.x["train"][:2])
+    batch = min(plan.batch_size, len(data.y["train"]))
+    with torch.random.fork_rng(devices=[]):
+        built = {arm: architecture.check(arm, plan.measure_seeds[0], example) for arm in plan.arms}
+    return {arm: layer_table(model, example, batch) for arm, model in built.items()}
+
+
+def _run_missing(
+    plan: Plan,
+    architecture: Architecture,
+    data: Dataset,
+    record: Record,
+    done: list[Row],
+    workers: int | None,
+    progress: TextIO | None,
+) -> list[Row]:
+    """Returns the rows of all the plan's runs, in its order, training those that are not `done`."""
+    rows = {row["run_id"]: row for row in done}
+    workers = workers or available_workers()
+    with shared_data(data) as folder, fresh_workers(), ProgressView(len(plan), len(rows), progress) as view:
+
+        def finished(row: Row) -> None:
+            rows[row["run_id"]] = row
+            view.finished(row)
+
+        def wave(runs: list[Run]) -> list[Row]:
+            missing = [run for run in runs if run.run_id not in rows]
+            execute(missing, architecture, folder, record.folder, workers, finished)
+            return [rows[run.run_id] for run in runs]
+
+        first = wave(plan.runs_at_base())
+        return first + wave(plan.runs_at_best(choose_rates(_table(first), plan.arms)))
+
+
+def _evaluate_rows(
+    plan: Plan, data: Dataset, record: Record, rows: list[Row]
+) -> tuple[list[Row], dict[str, dict[str, float]], float | None]:
+    """Returns the rows with `steps_to_target`, each arm's chosen setting and best rate, and the target."""
+    table = _table(rows)
+    best = choose_rates(table, plan.arms)
+    chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
+    target = _target(plan, rows, best[plan.arms[0]], data.chance("validation"))
+    evaluated = [
+        {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}
+        for row in rows
+    ]
+    return evaluated, chosen, target
+
+
+def _target(plan: Plan, rows: list[Row], best_lr: float, chance: float) -> float | None:
+    """Returns the validation accuracy that the first arm attains, None when it learns nothing at any rate.
+
+    The median over the choosing seeds at the arm's best rate: the measuring seeds have no part in it.
+    """
+    attained = statistics.median(
+        row["val_accuracy"]
+        for row in rows
+        if (row["arm"], row["purpose"], row["lr"]) == (plan.arms[0], "choose", best_lr)
+        and row["weight_decay"] == row["dropout"] == 0
+    )
+    return attained if attained > chance else None
+
+
+def steps_to(target: float | None, trace: dict[str, Any]) -> float | None:
+    """Returns the step at which a run's validation accuracy first reaches the target, None if it never does.
+
+    Drawn straight between evaluations, so that the grid of evaluation steps does not round the answer.
+    """
+    if target is None:
+        return None
+    steps, accuracies = trace["steps"], trace["val_accuracy"]
+    for k, accuracy in enumerate(accuracies):
+        if accuracy >= target:
+            if k == 0:
+                return float(steps[0])
+            share = (target - accuracies[k - 1]) / (accuracy - accuracies[k - 1])
+            return round(steps[k - 1] + share * (steps[k] - steps[k - 1]), 3)
+    return None
+
+
+def _table(rows: list[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    numbers = ["steps_to_target", "train_loss", "drift"]
+    return table.astype({**dict.fromkeys(numbers, "float64"), "diverged": "bool"})
+
+
+def _design(plan: Plan, chosen: dict[str, dict[str, float]], target: float | None) -> dict[str, Any]:
+    return {
+        "arms": list(plan.arms),
+        "baseline": plan.arms[0],
+        "compared": plan.arms[-1],
+        "target_accuracy": target,
+        "settings": chosen,
+        "grids": {
+            "lr": list(plan.lrs),
+            "weight_decay": list(plan.weight_decays),
+            "dropout": list(plan.dropouts),
+        },
+        "seeds": {"choose": list(plan.choose_seeds), "measure": list(plan.measure_seeds)},
+        "split_seed": BASE_SEED,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "optimizer": plan.optimizer,
+    }
+
+
+def _command(plan: Plan, *, data: str, model: str, out: str, quick: bool, own_lrs: bool) -> str:
+    """Returns a command line that makes this study again, whichever way it was called."""
+    words = ["batchnorm", "study", "--data", data, "--model", model, "--arms", ",".join(plan.arms), "--out", out]
+    words += ["--quick"] if quick else []
+    words += ["--lrs", ",".join(f"{lr:g}" for lr in plan.lrs)] if own_lrs else []
+    words += ["--seeds", str(len(plan.measure_seeds)), "--steps", str(plan.steps)]
+    words += ["--batch-size", str(plan.batch_size), "--optimizer", plan.optimizer]
+    return shlex.join(words)

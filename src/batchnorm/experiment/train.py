@@ -1,0 +1,206 @@
+"""One training run, from a seed to a row and a trace. Knows nothing of files, processes or other runs."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.experiment.data import PARTS, Dataset
+from batchnorm.experiment.measures import drift_of_run
+from batchnorm.experiment.networks import Architecture
+from batchnorm.experiment.plan import Run
+from batchnorm.experiment.probe import Probe, affine_parameters, as_evaluated, trace_calls
+from batchnorm.surgery.kinds import is_layer
+
+EVALUATIONS = 40
+_EVALUATION_BATCH = 1024
+
+
+def evaluation_steps(steps: int) -> list[int]:
+    """Returns the steps after which a run is evaluated: 0, 1, 2, 3, … in a roughly constant ratio up to `steps`."""
+    return sorted({0, *(round(step) for step in np.geomspace(1, steps, EVALUATIONS))})
+
+
+@dataclass
+class History:
+    """What a run has shown so far, one entry an evaluation."""
+
+    steps: list[int] = field(default_factory=list)
+    val_accuracy: list[float] = field(default_factory=list)
+    train_loss: list[float | None] = field(default_factory=list)
+    percentiles: list[list[list[float]]] = field(default_factory=list)
+    test_accuracy: float = 0.0  # at the best evaluation, as is `affine`
+    affine: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the row and the trace of one run; `steps_to_target` is left empty, for it needs the other runs.
+
+    Deterministic: the seed sets the initialisation and, apart from it, the order of the batches and the
+    dropout masks. A loss or a network that is no longer finite ends the run as diverged, which is a result:
+    its accuracies are then those of always answering the most frequent class.
+    """
+    started = time.perf_counter()
+    with _one_thread_deterministic():
+        x = {part: torch.from_numpy(data.x[part]) for part in PARTS}
+        y = {part: torch.from_numpy(data.y[part]) for part in PARTS}
+        model = architecture.build(run.arm, run.seed)
+        set_dropout(model, run.dropout, x["train"][:2])
+        history, probe = History(), Probe(model, x["validation"])
+        torch.manual_seed(run.seed)
+        diverged = not _learn(model, run, x, y, history, probe)
+    row = {
+        "run_id": run.run_id,
+        **{key: getattr(run, key) for key in ("purpose", "arm", "seed", "lr", "weight_decay", "dropout")},
+        **{key: getattr(run, key) for key in ("batch_size", "optimizer", "steps")},
+        "steps_to_target": None,
+        "val_accuracy": data.chance("validation") if diverged else max(history.val_accuracy),
+        "test_accuracy": data.chance("test") if diverged else history.test_accuracy,
+        "final_val_accuracy": data.chance("validation") if diverged else history.val_accuracy[-1],
+        "train_loss": None if diverged else history.train_loss[-1],
+        "drift": _drift(history),
+        "diverged": diverged,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    trace = {
+        "run_id": run.run_id,
+        **{key: getattr(history, key) for key in ("steps", "val_accuracy", "train_loss")},
+        "percentiles": probe.to_json(history.percentiles),
+        "affine": history.affine,
+    }
+    return row, trace
+
+
+def _drift(history: History) -> float | None:
+    """Returns the drift of the run's percentiles; None where there was nothing, or nothing finite, to follow."""
+    values = np.asarray(history.percentiles, dtype=np.float64)
+    drift = drift_of_run(values) if values.ndim == 3 else math.nan
+    return drift if math.isfinite(drift) else None
+
+
+def _learn(
+    model: nn.Module, run: Run, x: dict[str, Tensor], y: dict[str, Tensor], history: History, probe: Probe
+) -> bool:
+    """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    momentum = 0.9 if run.optimizer == "momentum" else 0.0
+    optimizer = torch.optim.SGD(parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True)
+    batches = _batches(len(y["train"]), run.batch_size, run.seed)
+    evaluate_after = set(evaluation_steps(run.steps))
+    losses: list[float] = []
+    model.train()
+    for step in range(run.steps + 1):
+        if step > 0:
+            index = next(batches)
+            loss = F.cross_entropy(model(x["train"][index]), y["train"][index])
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                return False
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if step in evaluate_after:
+            if not _evaluate(model, step, losses, x, y, history, probe):
+                return False
+            losses.clear()
+    return True
+
+
+def _batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yields the sample numbers of batches of one size for ever, each pass in a new order.
+
+    A pass's remainder is left out rather than made a smaller batch, whose statistics would be of another kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, n)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        for k in range(n // size):
+            yield order[k * size : (k + 1) * size]
+
+
+def _evaluate(
+    model: nn.Module,
+    step: int,
+    losses: list[float],
+    x: dict[str, Tensor],
+    y: dict[str, Tensor],
+    history: History,
+    probe: Probe,
+) -> bool:
+    """Adds an evaluation to the history; returns False, adding nothing, for a network that is not finite."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        return False
+    accuracy = accuracy_of(model, x["validation"], y["validation"])
+    percentiles = probe.percentiles(model)
+    if accuracy is None or not np.isfinite(percentiles).all():
+        return False
+    if accuracy > max(history.val_accuracy, default=-1.0):
+        test_accuracy = accuracy_of(model, x["test"], y["test"])
+        if test_accuracy is None:
+            return False
+        history.test_accuracy, history.affine = test_accuracy, affine_parameters(model)
+    history.steps.append(step)
+    history.val_accuracy.append(accuracy)
+    history.train_loss.append(float(np.mean(losses)) if losses else None)
+    history.percentiles.append(percentiles)
+    return True
+
+
+def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float | None:
+    """Returns the share of right answers in evaluation mode, None when a score is not finite."""
+    right = 0
+    with torch.no_grad(), as_evaluated(model):
+        for first in range(0, len(y), _EVALUATION_BATCH):
+            scores = model(x[first : first + _EVALUATION_BATCH])
+            if not bool(torch.isfinite(scores).all()):
+                return None
+            right += int((scores.argmax(1) == y[first : first + _EVALUATION_BATCH]).sum())
+    return right / len(y)
+
+
+def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
+    """Makes the study's dropout factor `p` hold in any network.
+
+    A network with Dropout modules has their `p` set. In any other the inputs of all Conv and Linear layers
+    but the first called are dropped out, that is, every hidden activation on its way to the next layer.
+    """
+    own = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for dropout in own:
+        dropout.p = p
+    if own or p == 0:
+        return
+
+    def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (F.dropout(args[0], p, module.training), *args[1:])
+
+    called = [call.module for call in trace_calls(model, example) if is_layer(call.module)]
+    for module in dict.fromkeys(called):
+        if module is not called[0]:
+            module.register_forward_pre_hook(drop)
+
+
+@contextmanager
+def _one_thread_deterministic() -> Iterator[None]:
+    """Runs the block on one thread with deterministic algorithms and gives torch's global state back after it."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a user's network in two hundred runs would repeat its own
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
