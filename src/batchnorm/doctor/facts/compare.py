@@ -54,7 +54,8 @@ class Comparison:
     """`gap` between running and batch statistics and the share `recovered` by recalibration, on one `scale`:
     "accuracy", "squared error" or, where no target tells, "answers" (mean squared distance).
 
-    `effect`: distance between running and recalibrated answers, relative to the spread of the latter.
+    `effect`: distance between running and recalibrated answers, relative to the spread of the latter. `judged`:
+    there were targets; `costs`: by them, running statistics do worse than chance explains.
     """
 
     scale: str
@@ -64,10 +65,8 @@ class Comparison:
     recovered: float
     effect: float
     samples: int
-
-    @property
-    def gap(self) -> float:
-        return abs(self.running - self.batch)
+    judged: bool = False
+    costs: bool = False
 
 
 def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: int) -> Comparison | None:
@@ -80,17 +79,19 @@ def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: in
     spread = float(c.std()) if c.numel() > 1 else 0.0
     effect = float((r - c).square().mean().sqrt()) / max(spread, 1e-12)
     effect = effect if effect == effect else float("inf")
+    judged = False
     for name, better in (("accuracy", 1.0), ("squared_error", -1.0)):
         three = [getattr(answers, name) for answers in (batch, running, recalibrated)]
+        judged = judged or None not in three
         if None not in three and _lost(name, three, samples):
             gap = better * (three[0] - three[1])
             recovered = better * (three[2] - three[1]) / gap
-            return Comparison(name.replace("_", " "), *three, recovered, effect, samples)
+            return Comparison(name.replace("_", " "), *three, recovered, effect, samples, True, True)
     run, recal = float((r - b).square().mean()), float((c - b).square().mean())
     recovered = 1 - recal / run if run > 0 else 0.0
     if run != run:  # NaN answers with running statistics, none without
         recovered = 1.0 if recal == recal else 0.0
-    return Comparison("answers", 0.0, run, recal, recovered, effect, samples)
+    return Comparison("answers", 0.0, run, recal, recovered, effect, samples, judged)
 
 
 def _lost(name: str, three: list[float], samples: int) -> bool:

@@ -11,6 +11,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from ...surgery.freeze import is_frozen
+
 __all__ = ["Layer", "find_layers", "is_batch_norm", "model_trains", "names_of_tensors"]
 
 
@@ -122,7 +124,7 @@ def _layer(name: str, module: Any, trains: bool, others_learn: bool) -> Layer:
     )
     held = bool(layer.affine) and not layer.affine_learns
     deliberate = trains or (held and others_learn)
-    layer.frozen = bool(getattr(module, "frozen", False)) or (not module.training and deliberate)
+    layer.frozen = is_frozen(module) or (not module.training and deliberate)
     return layer
 
 

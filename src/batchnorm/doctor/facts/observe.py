@@ -78,6 +78,7 @@ class Observer(TorchFunctionMode):
         self._functional: dict[tuple[str, int], Layer] = {}
         self._ordinals: Counter[str] = Counter()
         self._calls: Counter[int] = Counter()
+        self._before_call = 0
 
     # --- one forward -------------------------------------------------------------------------------------
     def forward(self, call: Callable[[], Any]) -> Any:
@@ -108,11 +109,23 @@ class Observer(TorchFunctionMode):
             self._stack.append(module)
             layer = self._by_module.get(id(module))
             if layer is not None and args and isinstance(args[0], Tensor):
-                self._check_axis(layer, args[0])  # before the module's own check of dimensions
+                self._before_call = self._calls[id(layer)]
+                if getattr(module, "feature_axis", 1) == 1:
+                    self._check_axis(layer, args[0])  # before the module's own check of dimensions
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and self._stack[-1] is module:
-            self._stack.pop()
+        if not self._stack or self._stack[-1] is not module:
+            return
+        self._stack.pop()
+        layer = self._by_module.get(id(module))
+        if layer is None or not is_batch_norm(module) or not args or not isinstance(args[0], Tensor):
+            return
+        if self._calls[id(layer)] == self._before_call:  # it normalises by an operator of its own: only measured
+            input = _second_axis(args[0], getattr(module, "feature_axis", 1))
+            if input.dim() > 1:
+                self._calls[id(layer)] += 1
+                seen = self.measured.setdefault(id(layer), Measured())
+                self._measure(seen, input, *moments(input), None)
 
     # --- one operation -----------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,8 +152,8 @@ class Observer(TorchFunctionMode):
 
     def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = _arguments(func, args, kwargs)
-        input = call["input"]
         layer = self._layer(call)
+        input = _second_axis(call["input"], call.get("feature_axis", 1))
         self._calls[id(layer)] += 1
         seen = self.measured.setdefault(id(layer), Measured())
         self._check_axis(layer, input)
@@ -154,7 +167,7 @@ class Observer(TorchFunctionMode):
             seen.note_range(input)
             seen.note_range(output)
         if self.recorder is not None:
-            self.recorder.note_batch_norm(input, output, layer, tuple(input.shape))
+            self.recorder.note_batch_norm(call["input"], output, layer, call.get("feature_axis", 1))
         return output
 
     def _check_axis(self, layer: Layer, input: Tensor) -> None:
@@ -227,6 +240,10 @@ class Observer(TorchFunctionMode):
             num_features=next((t.numel() for t in vectors.values() if t is not None), call["input"].size(1)),
             **vectors,
         )
+
+
+def _second_axis(input: Tensor, axis: int) -> Tensor:
+    return input if axis == 1 or input.dim() < 2 else input.movedim(axis, 1)
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ..facts.facts import Facts, NotExamined
 from ..facts.layers import Layer
@@ -77,7 +78,7 @@ def _of_loader(facts: Facts, live: list[tuple[Layer, Measured]]) -> Iterator[Fou
         return
     per_sample = {layer.name: _values(layer, seen) / max(1, median(seen.batch_samples)) for layer, seen in live}
     name = min(per_sample, key=lambda n: per_sample[n]) if per_sample else norms[0].name
-    flat = [layer for layer in norms if type(layer.module).__name__ == "BatchNorm1d"]
+    flat = [layer for layer in norms if isinstance(layer.module, nn.BatchNorm1d)]
     samples = _samples(norms[0], size)
     values = samples * per_sample[name] if per_sample else None
     if samples < FEW_SAMPLES or (values is not None and values < FEW_VALUES):

@@ -41,16 +41,12 @@ def _severity(d: Distance, comparison: Comparison | None) -> str | None:
     if comparison is None:
         return "warning" if fails else None
     felt = comparison.effect > _EFFECT
-    proven = felt and comparison.recovered >= _RECOVERED
-    if proven and (fails or (d.away >= _SHARE and _costly(comparison))):
+    costly = comparison.costs or (not comparison.judged and comparison.effect > _LARGE_EFFECT)
+    if felt and comparison.recovered >= _RECOVERED and (fails or (d.away >= _SHARE and costly and not d.young)):
         return "error"
-    if fails or (felt and (d.failing or d.away >= _SHARE)):
-        return "warning"
-    return None
-
-
-def _costly(comparison: Comparison) -> bool:
-    return comparison.scale != "answers" or comparison.effect > _LARGE_EFFECT
+    # Nearer than that: worth a word if it is felt, and if, where targets tell, it costs something.
+    worth_it = felt and (costly if comparison.judged or d.young else True)
+    return "warning" if fails or (worth_it and (d.failing or d.away >= _SHARE)) else None
 
 
 def _message(d: Distance, comparison: Comparison | None) -> str:
