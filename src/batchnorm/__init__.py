@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._version import __version__
+from .bookkeeping import use_domain
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
     from .experiment.study import study
-    from .surgery import insert, strip
+    from .surgery.insert import insert, strip
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
@@ -24,11 +26,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Renorm",
     "__version__",
     "functional",
     "insert",
+    "lengths_to_mask",
     "strip",
     "study",
+    "use_domain",
 ]
 
 

@@ -11,7 +11,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
 
 
-def check_input(input: Tensor, training: bool, eps: float) -> None:
+def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int | None, synchronised: bool) -> None:
     """The input's dtype, dimensions and number of values a channel, and eps."""
     if input.dtype not in _FLOATING:
         raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, convert the input first')
@@ -21,7 +21,14 @@ def check_input(input: Tensor, training: bool, eps: float) -> None:
     if eps < 0.0 or (training and eps == 0.0):
         kind = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")
-    if training and size[0] <= 1 and input.numel() == size[1] != 0:
+    if not training:
+        return
+    samples = size[0]
+    if ghost_batch_size is not None:
+        check_ghost_batch_size(ghost_batch_size)
+        samples = min(samples, ghost_batch_size)
+    # other ranks may hold the values that this one lacks
+    if samples == 1 and not synchronised and input.numel() == size[0] * size[1] != 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {size}: "
             "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval()"
@@ -78,6 +85,20 @@ def check_residual(input: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def check_activation(activation: str | None) -> None:
+def check_ghost_batch_size(ghost_batch_size: int | None) -> None:
+    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
+        raise ValueError(f"ghost_batch_size must be None or a positive number of samples, got {ghost_batch_size!r}")
+
+
+def check_momentum(
+    momentum: float | None, training: bool, running_mean: Tensor | None, num_batches_tracked: Tensor | None
+) -> None:
+    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum=None averages over num_batches_tracked: give that counter, or a momentum")
+
+
+def check_words(activation: str | None, nonfinite: str = "propagate") -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if nonfinite not in ("propagate", "skip"):
+        raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {nonfinite!r}")

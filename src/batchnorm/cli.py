@@ -37,8 +37,8 @@ def _invoke(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     try:
-        # An exit (--help, --version) comes back as its code, as does a command's own result.
-        return app(arguments, prog_name="batchnorm", standalone_mode=False) or 0
+        # An exit (--help, --version) comes back as its code, and Ctrl-C as 130 or as Abort, by typer's version.
+        code: int = app(arguments, prog_name="batchnorm", standalone_mode=False) or 0
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     except Exception as error:
@@ -50,6 +50,9 @@ def _invoke(arguments: list[str]) -> int:
         if type(error).__name__ == "Abort":
             raise KeyboardInterrupt from error
         raise
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:

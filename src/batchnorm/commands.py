@@ -13,9 +13,7 @@ from batchnorm._version import __version__
 if TYPE_CHECKING:
     from batchnorm.experiment.study import StudyResult
 
-app = typer.Typer(
-    name="batchnorm", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(name="batchnorm", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _show_version(wanted: bool) -> None:
@@ -59,9 +57,7 @@ def study(
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates, comma-separated.", show_default="half decades")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps a run.", show_default="1500, quick 1000")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.", show_default="1000, quick 600")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 60,
     optimizer: Annotated[str, typer.Option(help="sgd, or momentum for SGD with momentum 0.9.")] = "sgd",
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout and nothing else.")] = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,10 +10,21 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .checks import check_activation, check_buffers, check_input, check_residual, check_vectors
-from .ops import BatchStatistics, FixedStatistics, activate
+from . import checks
+from .moments import (
+    Moments,
+    ProcessGroupLike,
+    Reference,
+    Renorm,
+    differentiable_batch_norm,
+    flat_mask,
+    lengths_to_mask,
+    resolve,
+    sourced_batch_norm,
+)
+from .ops import BatchStatistics, FixedStatistics, activate, fused
 
-__all__ = ["batch_norm"]
+__all__ = ["Buffers", "batch_norm", "batch_norm_pure", "batch_norm_with_moments", "lengths_to_mask"]
 
 _apply = torch.ops.batchnorm.apply.default
 _update_running_ = torch.ops.batchnorm.update_running_.default
@@ -34,9 +45,10 @@ def batch_norm(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     ghost_batch_size: int | None = None,
-    renorm: Any = None,
-    process_group: Any = None,
+    renorm: Renorm | None = None,
+    process_group: ProcessGroupLike = None,
     nonfinite: str = "propagate",
+    feature_axis: int = 1,
     negative_slope: float = 0.01,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
@@ -44,9 +56,10 @@ def batch_norm(
 
     .. math:: y = \mathrm{activation}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta + r\right)
 
-    In training μ and σ² (biased) are those of the batch, over every axis but the channel's (axis 1), and the buffers
-    move by ``running ← (1 − momentum)·running + momentum·batch``, with the *unbiased* variance, in place. Otherwise
-    they are ``running_mean`` and ``running_var``.
+    In training μ and σ² (biased) are those of the batch, over every axis but the channel's, and the buffers move by
+    ``running ← (1 − momentum)·running + momentum·batch``, with the *unbiased* variance, in place. Otherwise they are
+    ``running_mean`` and ``running_var``. A forward that autograd runs again in a backward (activation checkpointing)
+    does not move the buffers a second time.
 
     Args:
         input: (N, C) or (N, C, \*); float32, float64, bfloat16 or float16.
@@ -59,6 +72,16 @@ def batch_norm(
         eps: ε, added to the variance.
         activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid" or "tanh".
         residual: added before the activation; the input's shape and dtype.
+        mask: bool, True = a real position; the input's shape without the channel axis, or with size 1 there,
+            broadcastable. Masked positions take no part in the statistics and receive no gradient through them; they
+            are still normalised, and may hold NaN.
+        ghost_batch_size: normalise slices of this many samples by their own statistics; the last may be shorter.
+            The buffers move once, by the slices' pooled mean and variance.
+        renorm: batch renormalization, see `Renorm`; needs the buffers.
+        process_group: "world" or a ``torch.distributed`` group: the moments of the joined batch of all its ranks,
+            which may hold different numbers of samples, also none.
+        nonfinite: "propagate", or "skip": a batch whose statistics are NaN or Inf leaves the buffers as they were.
+        feature_axis: the channels' axis; -1 for sequences (N, L, C).
         negative_slope: of "leaky_relu".
         num_batches_tracked: counter, incremented in training where the buffers are given.
 
@@ -66,51 +89,172 @@ def batch_norm(
         The input's shape and dtype.
 
     Raises:
-        ValueError: one value a channel in training; an eps, activation or residual that cannot be; one buffer
-            without the other.
+        ValueError: one value a channel in training; an eps, activation, residual, mask, slice or group that cannot
+            be; one buffer without the other.
         RuntimeError: a vector of the wrong size, dtype or device; evaluation without buffers.
         NotImplementedError: an input that is not floating point.
 
-    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2; docs/derivation.md.
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2; docs/derivation.md and
+    docs/variants/.
     """
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if has_torch_function(tensors):
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual, mask=mask, ghost_batch_size=ghost_batch_size, renorm=renorm,
+            process_group=process_group, nonfinite=nonfinite, feature_axis=feature_axis,
+            negative_slope=negative_slope, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+    if feature_axis != 1:
+        return on_axis(
+            batch_norm, feature_axis, input, residual, mask, running_mean, running_var, weight, bias, training,
+            momentum, eps, activation=activation, ghost_batch_size=ghost_batch_size, renorm=renorm,
             process_group=process_group, nonfinite=nonfinite, negative_slope=negative_slope,
             num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-    _refuse_later(mask=mask, ghost_batch_size=ghost_batch_size, renorm=renorm, process_group=process_group)
-    if nonfinite != "propagate":
-        _refuse_later(nonfinite=nonfinite)
-    check_residual(input, residual)
-    check_activation(activation)
-    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum=None averages over num_batches_tracked: give that counter, or a momentum")
-    if _needs_torch():
+    checks.check_words(activation, nonfinite)
+    checks.check_residual(input, residual)
+    checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
+    plain = not training or all(v is None for v in (mask, ghost_batch_size, renorm, process_group))
+    if plain and _needs_torch():
         return _through_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation or "", residual, negative_slope, num_batches_tracked,
         )  # fmt: skip
-    if input.dim() == 1 and not input.numel():  # torch has this for an empty vector: no channel, nothing to do
-        return input.clone()
-    check_input(input, training, eps)
-    check_buffers(running_mean, running_var, training)
-    check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    form = (eps, activation or "", negative_slope)
-    if not training:
-        return _with_fixed(input, weight, bias, residual, running_mean, running_var, *form)
-    out, mean, var, count = BatchStatistics.apply(input, weight, bias, residual, None, *form, 0)
-    if running_mean is not None:
-        _update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, False)
+    out, moments = batch_norm_with_moments(
+        input, running_mean, running_var, weight, bias, training, eps,
+        activation=activation, residual=residual, mask=mask, ghost_batch_size=ghost_batch_size, renorm=renorm,
+        process_group=process_group, negative_slope=negative_slope, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    if moments is not None and running_mean is not None and not recomputing():
+        update = fused.update_running_ if _needs_torch() else _update_running_
+        update(running_mean, running_var, num_batches_tracked, *moments, momentum, nonfinite == "skip")
     return out
 
 
-def _refuse_later(**keywords: object) -> None:
-    for name, value in keywords.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not there yet: it arrives with the variants")
+def batch_norm_with_moments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    ghost_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+    process_group: ProcessGroupLike = None,
+    negative_slope: float = 0.01,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """`batch_norm` that moves no buffer: the output, and in training the (mean, var, count) that would move them.
+
+    For callers that keep the statistics in another way than one update a call (accumulation, domains, pure form).
+    """
+    if input.dim() == 1 and not input.numel():  # torch has this for an empty vector: no channel, nothing to do
+        return input.clone(), None
+    group = resolve(process_group) if training else None
+    checks.check_input(input, training, eps, ghost_batch_size, synchronised=group is not None)
+    checks.check_buffers(running_mean, running_var, training)
+    checks.check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    real = None if mask is None else flat_mask(mask, input)
+    affine = (weight, bias, residual)
+    if not training:
+        assert running_mean is not None  # check_buffers
+        assert running_var is not None
+        return _with_fixed(input, *affine, real, running_mean, running_var, eps, activation, negative_slope), None
+    form = (eps, activation or "", negative_slope, ghost_batch_size or 0)
+    against = None
+    if renorm is not None:
+        if running_mean is None or running_var is None:
+            raise ValueError("renorm corrects towards the running statistics: give running_mean and running_var")
+        against = Reference(running_mean, running_var, renorm.bounds(num_batches_tracked))
+    if _needs_torch():
+        return differentiable_batch_norm(input, *affine, real, form, group, against)
+    if group is None and against is None:
+        out, *moments = BatchStatistics.apply(input, *affine, real, *form)
+        return out, tuple(moments)
+    return sourced_batch_norm(input, *affine, real, form, group, against)
+
+
+class Buffers(NamedTuple):
+    """What a layer remembers: the running statistics (C,) and how many batches moved them."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+
+def batch_norm_pure(
+    input: Tensor,
+    buffers: Buffers,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    nonfinite: str = "propagate",
+    **keywords: Any,
+) -> tuple[Tensor, Buffers]:
+    """`batch_norm` without side effects: the new buffers are returned, the given ones stay as they are.
+
+    For `torch.func`: under ``vmap`` each member gets buffers of its own; ``jacrev`` and ``functional_call`` see a
+    function. All other keywords are those of `batch_norm`; shapes, errors and formula too.
+    """
+    checks.check_words(keywords.get("activation"), nonfinite)
+    checks.check_residual(input, keywords.get("residual"))
+    axis = keywords.pop("feature_axis", 1)
+    if axis != 1:
+        input = input.movedim(axis, 1)
+        keywords["residual"], keywords["mask"] = _moved(keywords.get("residual"), keywords.get("mask"), axis, input)
+    mean, var, tracked = buffers
+    out, moments = batch_norm_with_moments(
+        input, mean, var, weight, bias, training, eps, num_batches_tracked=tracked, **keywords
+    )
+    out = out if axis == 1 else out.movedim(1, axis)
+    if moments is None:
+        return out, buffers
+    moved = fused.moved(mean, var, tracked, *moments, momentum, nonfinite == "skip")
+    return out, Buffers(*cast(tuple[Tensor, Tensor, Tensor], moved))
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing's second look at a batch already counted.
+
+    Source: https://github.com/pytorch/pytorch/issues/96136.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def on_axis(
+    function: Any,
+    axis: int,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    *arguments: Any,
+    **keywords: Any,
+) -> Tensor:
+    """The function with the channels at axis 1: a view, which the kernels read as channels_last without a copy."""
+    if not -input.dim() <= axis < input.dim() or axis in (0, -input.dim()):
+        raise ValueError(f"feature_axis {axis} is no channel axis of an input of shape {tuple(input.shape)}")
+    moved = input.movedim(axis, 1)
+    residual, mask = _moved(residual, mask, axis, moved)
+    return function(moved, *arguments, residual=residual, mask=mask, **keywords).movedim(1, axis)
+
+
+def _moved(
+    residual: Tensor | None, mask: Tensor | None, axis: int, input: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if residual is not None:
+        residual = residual.movedim(axis, 1)
+    if mask is not None and mask.dim() == input.dim():
+        mask = mask.movedim(axis, 1)
+    return residual, mask
 
 
 def _with_fixed(
@@ -118,15 +262,17 @@ def _with_fixed(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     eps: float,
-    activation: str,
+    activation: str | None,
     negative_slope: float,
 ) -> Tensor:
+    form = (eps, activation or "", negative_slope)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
-        return FixedStatistics.apply(input, weight, bias, residual, mean, var, eps, activation, negative_slope)
-    return _apply(input, mean, var, weight, bias, residual, eps, activation, negative_slope, 0)
+        return FixedStatistics.apply(input, weight, bias, residual, mask, mean, var, *form)
+    return _apply(input, mean, var, weight, bias, residual, *form, 0)
 
 
 def _needs_torch() -> bool:
@@ -153,6 +299,7 @@ def _through_torch(
     negative_slope: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
+    """The plain layer in torch's operators, which every tool knows."""
     factor = momentum
     if training and running_mean is not None and num_batches_tracked is not None:
         num_batches_tracked.add_(1)

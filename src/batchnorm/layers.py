@@ -7,8 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .checks import check_activation
+from . import checks
+from .bookkeeping import Memory, kept_forward
 from .functional import batch_norm
+from .moments import Moments, ProcessGroupLike, Renorm, check_group
+from .whereabouts import where
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -23,9 +26,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     activation: str | None = None
     negative_slope: float = 0.01
     ghost_batch_size: int | None = None
-    renorm: Any = None
-    process_group: Any = None
+    renorm: Renorm | None = None
+    process_group: ProcessGroupLike = None
     nonfinite: str = "propagate"
+    feature_axis: int = 1
+    accumulation_steps: int = 1
+    domains: int | None = None
+    domain: int = 0
+    frozen: bool = False
 
     def __init__(
         self,
@@ -41,34 +49,111 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
         ghost_batch_size: int | None = None,
-        renorm: Any = None,
-        process_group: Any = None,
+        renorm: Renorm | None = None,
+        process_group: ProcessGroupLike = None,
         nonfinite: str = "propagate",
+        feature_axis: int = 1,
+        accumulation_steps: int = 1,
+        domains: int | None = None,
+        domain_affine: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:  # torch takes this keyword from 2.12 on only
             self.register_parameter("bias", None)
-        check_activation(activation)
-        later = {"ghost_batch_size": ghost_batch_size, "renorm": renorm, "process_group": process_group}
-        later["nonfinite"] = None if nonfinite == "propagate" else nonfinite
-        for name, value in later.items():
-            if value is not None:
-                raise NotImplementedError(f"{name} is not there yet: it arrives with the variants")
-        self.activation = activation
-        self.negative_slope = negative_slope
+        self.configure(
+            activation=activation, negative_slope=negative_slope, ghost_batch_size=ghost_batch_size, renorm=renorm,
+            process_group=process_group, nonfinite=nonfinite, feature_axis=feature_axis,
+            accumulation_steps=accumulation_steps, domains=domains, domain_affine=domain_affine,
+        )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """``activation(batch_norm(input) + residual)``; see `batchnorm.functional.batch_norm`."""
+    def configure(self, *, domains: int | None = None, domain_affine: bool = False, **keywords: Any) -> None:
+        """Check the keywords of this class and set them: the constructor's second half, also for converted layers.
+
+        Raises:
+            ValueError: a keyword that cannot be, or two that cannot be together; the layer stays as it was.
+        """
+        unknown = set(keywords) - set(_KEYWORDS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no keyword {', '.join(sorted(unknown))}")
+        merged = {name: keywords.get(name, getattr(self, name)) for name in _KEYWORDS}
+        _check_together(self, merged, domains, domain_affine)
+        for name, value in merged.items():
+            setattr(self, name, value)
+        # by domain: moments of micro-batches that wait for their union; statistics the last renormalised call saw
+        self._pending: dict[int, list[Moments]] = {}
+        self._before: dict[int, Memory] = {}
+        if domains is not None:
+            self._add_domains(domains, domain_affine)
+        if self.nonfinite == "skip" and self.running_mean is not None and "num_batches_skipped" not in self._buffers:
+            count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
+            self.register_buffer("num_batches_skipped", count, persistent=False)
+
+    def _add_domains(self, domains: int, domain_affine: bool) -> None:
+        """Domain 0 has torch's names; the others lie beside them, so a torch checkpoint still loads."""
+        self.domains, self.domain = domains, 0
+        for name, source in (*self._buffers.items(), *(self._parameters.items() if domain_affine else ())):
+            if source is None or name.startswith("domain_") or name == "num_batches_skipped":
+                continue
+            rows = source.detach().unsqueeze(0).repeat(domains - 1, *(1,) * source.dim())
+            if isinstance(source, nn.Parameter):
+                self.register_parameter(f"domain_{name}", nn.Parameter(rows))
+            else:
+                self.register_buffer(f"domain_{name}", rows)
+
+    def memory(self, domain: int = 0) -> Memory:
+        """The buffers and affine parameters of a domain; views, so that updates reach the layer."""
+        if domain == 0:
+            return Memory(self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias)
+        rows = [
+            None if (all_rows := getattr(self, f"domain_{name}", None)) is None else all_rows[domain - 1]
+            for name in Memory._fields
+        ]
+        shared = [
+            row if row is not None else getattr(self, name)
+            for row, name in zip(rows[3:], Memory._fields[3:], strict=True)
+        ]
+        return Memory(*rows[:3], *shared)
+
+    def uses_batch_statistics(self) -> bool:
+        """Whether this call normalises by the batch: in training unless frozen, and where there are no buffers."""
+        if self.frozen:
+            return False
+        return self.training or (self.running_mean is None and self.running_var is None)
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        domain: int | Tensor | None = None,
+    ) -> Tensor:
+        """``activation(batch_norm(input) + residual)``; see `batchnorm.functional.batch_norm`.
+
+        `domain` chooses the statistics of a layer with ``domains``: an int for the batch, or one a sample (N,).
+        """
         if not isinstance(cast(object, input), fx.Proxy):  # under symbolic tracing there is no shape to look at
             self._check_input_dim(input)
-        keep = self.track_running_stats or not self.training
-        running_mean = self.running_mean if keep else None
-        running_var = self.running_var if keep else None
-        training = self.training or (running_mean is None and running_var is None)
+        if self.process_group is None:
+            return self._call(input, residual, mask, domain)
+        try:
+            return self._call(input, residual, mask, domain)
+        except RuntimeError as error:  # of all ranks one fails first: say in which layer
+            raise RuntimeError(f"{where(self)}: synchronised batch norm failed: {error}") from error
+
+    def _call(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, domain: int | Tensor | None) -> Tensor:
+        if (
+            domain is not None
+            or self.domains is not None
+            or self.accumulation_steps > 1
+            or (self.training and (self.renorm is not None or self.nonfinite == "skip"))
+        ):
+            return kept_forward(self, input, residual, mask, domain)
+        keep = self.track_running_stats or not self.training or self.frozen
+        training = self.uses_batch_statistics()
         return batch_norm(
             input,
-            running_mean,
-            running_var,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
             self.weight,
             self.bias,
             training,
@@ -77,15 +162,68 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
             residual=residual,
             mask=mask,
+            ghost_batch_size=self.ghost_batch_size,
+            process_group=self.process_group,
+            feature_axis=self.feature_axis,
             negative_slope=self.negative_slope,
-            num_batches_tracked=self.num_batches_tracked if training else None,
+            num_batches_tracked=self.num_batches_tracked if training and keep else None,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state |= {"_pending": {}, "_before": {}}  # what lies between two steps is no state
+        if hasattr(self.process_group, "group_name"):  # a group is this process's; its name means the same elsewhere
+            state["process_group"] = self.process_group.group_name
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in list(self._buffers) + list(self._parameters):
+            if not name.startswith("domain_") or prefix + name in state_dict:
+                continue
+            base = state_dict.get(prefix + name.removeprefix("domain_"))
+            if base is not None:  # a checkpoint without domains: each begins where it was
+                rows = getattr(self, name)
+                state_dict[prefix + name] = base.unsqueeze(0).expand(rows.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
-        extra = super().extra_repr()
-        if self.activation is not None:
-            extra += f", activation={self.activation}"
-        return extra
+        defaults = _Layer.__dict__
+        shown = [name for name in (*_KEYWORDS, "domains", "frozen") if getattr(self, name) != defaults[name]]
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in shown)])
+
+
+_KEYWORDS = (
+    "activation",
+    "negative_slope",
+    "ghost_batch_size",
+    "renorm",
+    "process_group",
+    "nonfinite",
+    "feature_axis",
+    "accumulation_steps",
+)
+
+
+def _check_together(layer: _Layer, keywords: dict[str, Any], domains: int | None, domain_affine: bool) -> None:
+    checks.check_words(keywords["activation"], keywords["nonfinite"])
+    checks.check_ghost_batch_size(keywords["ghost_batch_size"])
+    check_group(keywords["process_group"])
+    tracked = layer.running_mean is not None
+    renorm, steps = keywords["renorm"], keywords["accumulation_steps"]
+    if renorm is not None and not isinstance(renorm, Renorm):
+        raise ValueError(f"renorm must be None or batchnorm.Renorm(r_max, d_max), got {renorm!r}")
+    if renorm is not None and not tracked:
+        raise ValueError("renorm corrects towards the running statistics: it needs track_running_stats=True")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"accumulation_steps must be a positive number of micro-batches, got {steps!r}")
+    if steps > 1 and not tracked:
+        raise ValueError("accumulation_steps moves the running statistics: it needs track_running_stats=True")
+    if keywords["feature_axis"] == 0:
+        raise ValueError("feature_axis 0 is the batch's axis; channels are at 1, or at -1 for (N, L, C)")
+    if domains is not None and (not isinstance(domains, int) or domains < 2):
+        raise ValueError(f"domains must be None or at least 2, got {domains!r}")
+    if domain_affine and (domains is None or layer.weight is None):
+        raise ValueError("domain_affine gives each domain its own weight and bias: it needs domains= and affine=True")
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
@@ -109,19 +247,28 @@ _DOC = r"""{torch} over {shape}, exactly and in one pass, with the activation an
     buffers and ``state_dict``. ``momentum`` is the weight of the NEW batch; the buffers keep the unbiased variance.
 
     Args:
-        num_features: C, the size of axis 1.
+        num_features: C, the size of the channel axis.
         eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
         activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh"; after the residual.
         negative_slope: of "leaky_relu".
+        ghost_batch_size: statistics over slices of this many samples; None = the whole batch.
+        renorm: batch renormalization, `Renorm`.
+        process_group: None = local statistics; "world" or a ``torch.distributed`` group = synchronised.
+        nonfinite: "propagate", or "skip": a batch with NaN or Inf leaves the running statistics as they were; it
+            counts in ``num_batches_tracked``, and in ``num_batches_skipped`` apart.
+        feature_axis: the channels' axis, -1 for (N, L, C).
+        accumulation_steps: move the running statistics once in so many calls, as one batch of their union would.
+        domains: separate statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
+        domain_affine: each domain its own weight and bias too.
 
     Shape:
-        input, residual and output: {shape}.
+        input, residual and output: {shape}; mask: without C, or with 1 there.
 
     Raises:
-        ValueError: at construction, an unknown activation; in the call, an input of other dimensions, or one value a
-            channel in training.
+        ValueError: at construction, keywords that cannot be (together); in the call, an input of other dimensions,
+            or one value a channel in training.
 
-    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167; docs/variants/ for each keyword's own.
     """
 
 for _class, _shape in (

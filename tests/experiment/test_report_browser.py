@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,17 @@ def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
     document, _ = opened(path, width)
     assert 'data-overflow="0"' in document
     assert 'data-misfits="0"' in document
+
+
+@pytest.mark.slow
+def test_readme_figure_is_drawn_from_the_files_of_a_study(tmp_path: Path) -> None:
+    summary, runs, traces = fake_study(seeds=2)
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    for run_id in runs["run_id"]:
+        (tmp_path / "traces" / f"{run_id}.json").write_text(json.dumps(traces(run_id)), encoding="utf-8")
+    script = Path(__file__).parents[2] / "benchmarks" / "readme_figure.py"
+    picture = tmp_path / "images" / "study.png"
+    subprocess.run([sys.executable, script, tmp_path, picture], check=True, timeout=150)
+    assert 20_000 < picture.stat().st_size < 200_000  # a blank picture is smaller than that

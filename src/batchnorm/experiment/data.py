@@ -63,8 +63,8 @@ class Dataset:
         digest = hashlib.sha256()
         for part in PARTS:
             digest.update(str(self.x[part].shape).encode())
-            digest.update(memoryview(self.x[part]).cast("B"))
-            digest.update(memoryview(self.y[part]).cast("B"))
+            digest.update(self.x[part].tobytes())
+            digest.update(self.y[part].tobytes())
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, object]:

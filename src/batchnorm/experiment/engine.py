@@ -38,6 +38,20 @@ def shared_data(data: Dataset) -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def fresh_workers() -> Iterator[None]:
+    """Makes sure that the block's processes are its own, and that none of them outlives it.
+
+    joblib keeps a pool between calls. Its processes would still stand in the folder and hold the modules of an
+    earlier study: a network edited in between would be trained as it was.
+    """
+    _stop_workers()
+    try:
+        yield
+    finally:
+        _stop_workers()
+
+
 def execute(
     runs: Sequence[Run],
     architecture: Architecture,
@@ -56,7 +70,7 @@ def execute(
             on_finished(run_one(run, architecture, data_folder, out))
         return
     from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    from joblib.externals.loky.process_executor import BrokenProcessPool
 
     parallel = Parallel(
         n_jobs=min(workers, len(runs)),
@@ -71,17 +85,14 @@ def execute(
             warnings.simplefilter("ignore")  # loky's remarks on workers that leave early
             for row in parallel(tasks):
                 on_finished(row)
-    except TerminatedWorkerError as error:
+    except BrokenProcessPool as error:  # its message is a page of advice; the cause, where there is one, is short
+        cause = quote_error(error.__cause__) if error.__cause__ else "out of memory?"
         raise UserError(
-            f"a worker process was killed (out of memory?), --workers {workers}, continue with --resume and fewer workers"
+            f"a worker process died ({cause}), --workers {workers}, continue with --resume and fewer workers"
         ) from error
-    except BaseException:
-        stop_workers()
-        raise
 
 
-def stop_workers() -> None:
-    """Kills the pool's processes, which would otherwise train on for nobody."""
+def _stop_workers() -> None:
     from joblib.externals.loky import get_reusable_executor
 
     with warnings.catch_warnings():
@@ -110,7 +121,9 @@ def run_one(run: Run, architecture: Architecture, data_folder: Path, out: Path) 
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume") from error
+        raise UserError(
+            f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume"
+        ) from error
     except Exception as error:
         raise UserError(
             f"training fails ({quote_error(error)}), --model {architecture.model} in run {run.run_id}, "

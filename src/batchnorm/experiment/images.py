@@ -67,9 +67,7 @@ def _open(path: Path) -> np.ndarray:
                 mode = "F" if upright.mode in _DEEP_MODES else "L" if upright.mode in _GREY_MODES else "RGB"
                 pixels = np.asarray(upright.convert(mode), dtype=np.float32)
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        raise UserError(
-            f"not a readable image ({quote_error(error, 80)}), {path}, replace or remove it"
-        ) from error
+        raise UserError(f"not a readable image ({quote_error(error, 80)}), {path}, replace or remove it") from error
     if not np.isfinite(pixels).all():
         raise UserError(f"NaN or infinite pixels, {path}, replace or remove it")
     return pixels / np.float32(white)
@@ -82,8 +80,6 @@ def _resize(image: np.ndarray, height: int, width: int, channels: int) -> np.nda
 
     planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
     if planes.shape[1:] != (height, width):
-        resized = [
-            Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in planes
-        ]
+        resized = [Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in planes]
         planes = np.stack([np.asarray(plane, dtype=np.float32) for plane in resized])
     return np.broadcast_to(planes, (channels, height, width)) if len(planes) != channels else planes

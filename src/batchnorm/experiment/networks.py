@@ -39,6 +39,7 @@ class Architecture:
             UserError: the factory fails or returns no Module, or the arm cannot be made from this network.
         """
         torch.manual_seed(seed)
+        model: nn.Module
         if self.model == "mlp":
             model = mlp(self.shape, self.classes)
         elif self.model == "cnn":
@@ -47,21 +48,16 @@ class Architecture:
             model, finished = _call_factory(self.model, arm, seed)
             if finished:
                 return model
-        return make_arm(model, arm, torch.zeros(2, *self.shape), self.batch_size, self.model)
+        example = torch.zeros(2, *self.shape)
+        _forward(model, example, f"{self.model} arm {arm}")
+        return make_arm(model, arm, example, self.batch_size, self.model)
 
     def check(self, arm: str, seed: int, example: torch.Tensor) -> nn.Module:
         """Returns the arm's network after making sure that it turns `example` into one score a label."""
-        model = self.build(arm, seed).eval()
-        if not any(True for _ in model.parameters()):
-            raise UserError(f"a network without parameters, {self.model}, return one that can learn")
-        try:
-            with torch.no_grad():
-                output = model(example)
-        except Exception as error:
-            raise UserError(
-                f"forward fails on samples of shape {tuple(example.shape[1:])} ({quote_error(error)}), "
-                f"{self.model} arm {arm}, make it fit the data or choose other data"
-            ) from error
+        model = self.build(arm, seed)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(f"a network without parameters to learn, {self.model}, return one that has some")
+        output = _forward(model, example, f"{self.model} arm {arm}")
         wanted = (len(example), self.classes)
         if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -70,6 +66,20 @@ class Architecture:
                 f"{self.model} arm {arm}, return scores of shape {wanted}"
             )
         return model
+
+
+def _forward(model: nn.Module, example: torch.Tensor, where: str) -> Any:
+    """Returns what the network makes of the example in evaluation mode; it is left in training mode."""
+    try:
+        with torch.no_grad():
+            return model.eval()(example)
+    except Exception as error:
+        raise UserError(
+            f"forward fails on samples of shape {tuple(example.shape[1:])} ({quote_error(error)}), "
+            f"{where}, make it fit the data or choose other data"
+        ) from error
+    finally:
+        model.train()
 
 
 def mlp(shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -88,7 +98,7 @@ def mlp(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            layer.bias.data.zero_()
     return model
 
 
@@ -111,7 +121,7 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            layer.bias.data.zero_()  # type: ignore[union-attr]  # made above, with a bias
     return model
 
 
@@ -143,9 +153,9 @@ def _call_factory(name: str, arm: str, seed: int) -> tuple[nn.Module, bool]:
     """Returns what the user's factory makes, and whether it has made the arm itself (it takes `arm`)."""
     factory = find_factory(name)
     try:
-        parameters = inspect.signature(factory).parameters
+        parameters = set(inspect.signature(factory).parameters)
     except (TypeError, ValueError):  # some callables written in C have none
-        parameters = {}
+        parameters = set()
     arguments = {key: value for key, value in (("arm", arm), ("seed", seed)) if key in parameters}
     try:
         model = factory(**arguments)
@@ -191,7 +201,8 @@ def _norm(arm: str, place: Normalized, batch_size: int, name: str) -> nn.Module:
     """Returns the arm's layer for a place where `insert` has put a BN."""
     bn = place.batch_norm
     assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    kind, features = type(bn), bn.num_features
+    kind: Any = type(bn)
+    features = bn.num_features
     if arm == "layer":
         return nn.GroupNorm(1, features)  # over all channels and positions of one sample: layer normalization
     if arm == "group":
@@ -204,19 +215,16 @@ def _norm(arm: str, place: Normalized, batch_size: int, name: str) -> nn.Module:
                 f"--arms instance with {name}, leave the arm out or use a network whose hidden layers are convolutions"
             )
         return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 1](features, affine=True)
-    try:
-        if arm == "batch_no_affine":
-            return kind(features, affine=False)
-        if arm == "ghost":
-            return kind(features, ghost_batch_size=max(2, batch_size // 4))
-        if arm == "renorm":
-            return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
-    except (NotImplementedError, AttributeError) as error:
-        raise UserError(f"arm {arm} arrives with the variants, --arms {arm}, leave it out until then") from error
+    if arm == "batch_no_affine":
+        return kind(features, affine=False)
+    if arm == "ghost":
+        return kind(features, ghost_batch_size=max(2, batch_size // 4))
+    if arm == "renorm":
+        return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
     return bn
 
 
 def group_width(features: int) -> int:
-    """Returns the divisor of `features` nearest 16 on a log scale: Table 3 of arXiv 1803.08494 (16 channels a group)."""
+    """Returns the divisor of `features` nearest 16 on a log scale: arXiv 1803.08494, Table 3 (16 a group)."""
     divisors = [d for d in range(1, features + 1) if features % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / 16)))

@@ -117,11 +117,11 @@ def make_plan(
     plan = Plan(
         arms=parse_arms(arms),
         lrs=parse_rates(lrs) if lrs is not None else grid[::2] if quick else grid,
-        weight_decays=(0.0, 1e-3, 1e-1) if quick else (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
-        dropouts=(0.0, 0.5) if quick else (0.0, 0.1, 0.25, 0.5),
+        weight_decays=(0.0, 1e-4, 1e-2) if quick else (0.0, 1e-4, 1e-3, 1e-2),
+        dropouts=(0.0, 0.5) if quick else (0.0, 0.25, 0.5),
         choose_seeds=CHOOSE_SEEDS,
         measure_seeds=tuple(range(1, (seeds if seeds is not None else 2 if quick else 4) + 1)),
-        steps=steps if steps is not None else 1000 if quick else 1500,
+        steps=steps if steps is not None else 600 if quick else 1000,
         batch_size=batch_size,
         optimizer=optimizer,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.kinds import LAYERS
+from batchnorm.surgery.kinds import is_layer
 
 LEVELS = (15, 50, 85)  # the percentiles of the paper's Figure 1
 UNITS = 8
@@ -44,7 +44,7 @@ def trace_calls(model: nn.Module, example: Tensor) -> list[Call]:
 
     with ExitStack() as stack, torch.no_grad(), as_evaluated(model):
         for name, module in model.named_modules():
-            if isinstance(module, (*LAYERS, *_ACTIVATIONS, *_NORMS)):
+            if is_layer(module) or isinstance(module, (*_ACTIVATIONS, *_NORMS)):
                 stack.enter_context(module.register_forward_pre_hook(note(name)))
         model(example)
     return calls
@@ -52,7 +52,7 @@ def trace_calls(model: nn.Module, example: Tensor) -> list[Call]:
 
 def hidden_calls(calls: list[Call]) -> list[Call]:
     """Returns the calls before the output layer, which is the last Conv or Linear called."""
-    last = max((k for k, call in enumerate(calls) if isinstance(call.module, LAYERS)), default=0)
+    last = max((k for k, call in enumerate(calls) if is_layer(call.module)), default=0)
     return calls[:last]
 
 
@@ -101,8 +101,9 @@ class Probe:
         calls = hidden_calls(trace_calls(model, x[:2]))
         activations = [call for call in calls if isinstance(call.module, _ACTIVATIONS)]
         self._at_input = bool(activations)
-        self.site = (activations or calls or [None])[-1]
-        layers = [call.module for call in calls if isinstance(call.module, LAYERS)]
+        sites = activations or calls
+        self.site = sites[-1] if sites else None
+        layers = [call.module for call in calls if is_layer(call.module)]
         self._channels_last = bool(layers) and isinstance(layers[-1], nn.Linear)
         self.units: list[int] = []
 

@@ -40,7 +40,9 @@ def read(source: str) -> Samples:
     try:
         return reader(path)
     except OSError as error:
-        raise UserError(f"cannot be read ({quote_error(error)}), {source}, check the file and its permissions") from error
+        raise UserError(
+            f"cannot be read ({quote_error(error)}), {source}, check the file and its permissions"
+        ) from error
 
 
 def _read_digits() -> Samples:
@@ -76,7 +78,8 @@ def read_npz(path: Path) -> Samples:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in ("x", "y") if key not in archive.files]
             if missing:
                 held = ", ".join(archive.files) or "nothing"
@@ -88,13 +91,15 @@ def read_npz(path: Path) -> Samples:
     except UserError:
         raise
     except ValueError as error:
-        if "Object arrays" in str(error):
-            raise UserError(f"object arrays, {path}, save x and y as numbers or text (dtype other than object)") from error
-        raise UserError(f"not a .npz file ({quote_error(error, 80)}), {path}, write it with np.savez") from error
+        if "Object arrays" in str(error):  # numpy says the same of any member that is pickled
+            raise UserError(
+                f"object arrays, {path}, save x and y as numbers or text (dtype other than object)"
+            ) from error
+        raise UserError(f"not a .npz file, {path}, write it with np.savez(FILE, x=samples, y=labels)") from error
     except Exception as error:  # zipfile, zlib and numpy each have their own for a damaged file
         if isinstance(error, OSError):
             raise
-        raise UserError(f"not a .npz file ({quote_error(error, 80)}), {path}, write it with np.savez") from error
+        raise UserError(f"not a .npz file, {path}, write it with np.savez(FILE, x=samples, y=labels)") from error
     _check_arrays(x, y, path)
     return Samples(path.name, x, _label_text(y))
 
@@ -114,7 +119,9 @@ def _check_arrays(x: np.ndarray, y: np.ndarray, path: Path) -> None:
     if len(x) != len(y):
         raise UserError(f"{len(x)} samples but {len(y)} labels, {path}, give one label a sample")
     if y.dtype.kind == "f" and not np.isfinite(y).all():
-        raise UserError(f"label {int(np.flatnonzero(~np.isfinite(y))[0])} is NaN or infinite, {path}, label every sample")
+        raise UserError(
+            f"label {int(np.flatnonzero(~np.isfinite(y))[0])} is NaN or infinite, {path}, label every sample"
+        )
     bad = ~np.isfinite(x)
     if bad.any():
         where = ", ".join(str(int(k)) for k in np.argwhere(bad)[0])
@@ -131,24 +138,31 @@ def read_csv(path: Path) -> Samples:
     except pd.errors.EmptyDataError as error:
         raise UserError(f"no rows, {path}, give a header row and one row a sample") from error
     except (pd.errors.ParserError, UnicodeDecodeError, ValueError, IndexError) as error:
-        raise UserError(f"not a table ({quote_error(error, 120)}), {path}, write comma-separated text in UTF-8") from error
+        raise UserError(
+            f"not a table ({quote_error(error, 120)}), {path}, write comma-separated text in UTF-8"
+        ) from error
     label = _check_columns(table, header, path)
     if len(table) == 0:
         raise UserError(f"no rows below the header, {path}, give one row a sample")
-    return Samples(path.name, _feature_matrix(table.drop(columns=label), str(path)), _text_labels(table[label], str(path)))
+    return Samples(
+        path.name, _feature_matrix(table.drop(columns=label), str(path)), _text_labels(table[label], str(path))
+    )
 
 
 def _check_columns(table: pd.DataFrame, header: list[Any], path: Path) -> str:
     """Returns the label column's name; refuses what would silently train on the wrong thing."""
     names = [str(name).strip() for name in header]
     if len(table.columns) < 2:
-        raise UserError(f"only one column {names[0]!r}, {path}, give feature columns and a column label, comma-separated")
+        raise UserError(
+            f"only one column {names[0]!r}, {path}, give feature columns and a column label, comma-separated"
+        )
     if not isinstance(table.index, _range_index()):
         raise UserError(f"rows are longer than the header row, {path}, give every column a name")
     unnamed = [k for k, name in enumerate(header) if name != name or not str(name).strip()]
     if unnamed:
         raise UserError(
-            f"column {unnamed[0] + 1} has no name (a row index, which would tell the labels?), {path}, name or remove it"
+            f"column {unnamed[0] + 1} has no name (a row index, which would tell the labels?), {path}, "
+            "name or remove it"
         )
     repeated = next((name for name in names if names.count(name) > 1), None)
     features = names[:-1]
@@ -156,7 +170,9 @@ def _check_columns(table: pd.DataFrame, header: list[Any], path: Path) -> str:
         raise UserError(f"the first row looks like a sample, {path}, put a row of column names above it")
     if repeated is not None:
         raise UserError(f"two columns are named {repeated!r}, {path}, give each its own name")
-    return str(next((column for column, name in zip(table.columns, names, strict=True) if name == "label"), table.columns[-1]))
+    return str(
+        next((column for column, name in zip(table.columns, names, strict=True) if name == "label"), table.columns[-1])
+    )
 
 
 def _range_index() -> type:
@@ -202,8 +218,7 @@ def _feature_matrix(features: pd.DataFrame, where: str) -> np.ndarray:
         row, k = (int(index) for index in bad[0])
         what = "an empty or NaN value" if np.isnan(numbers[row, k]) else "an infinite value"
         raise UserError(
-            f"{what} in column {str(features.columns[k])!r}, data row {row + 1}, {where}, "
-            "fill it in or remove the row"
+            f"{what} in column {str(features.columns[k])!r}, data row {row + 1}, {where}, fill it in or remove the row"
         )
     return numbers
 
@@ -214,7 +229,8 @@ def _text_labels(column: pd.Series, where: str) -> np.ndarray:
     missing = np.flatnonzero(column.isna().to_numpy())
     if len(missing):
         raise UserError(
-            f"no label in column {str(column.name)!r}, data row {int(missing[0]) + 1}, {where}, label it or remove the row"
+            f"no label in column {str(column.name)!r}, data row {int(missing[0]) + 1}, {where}, "
+            "label it or remove the row"
         )
     values = column.to_numpy()
     if values.dtype.kind not in "biuf":

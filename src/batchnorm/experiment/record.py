@@ -49,7 +49,8 @@ class Record:
         try:
             self._traces.mkdir(parents=True, exist_ok=True)
             held = self._held_options()
-            if held is None:
+            rows = self._whole_rows()
+            if held is None or not rows:  # without a finished run there is nothing to lose
                 _write_atomically(self._plan, json.dumps(options, indent=1, allow_nan=False))
                 _write_atomically(self.runs_csv, _csv_text([COLUMNS]))
                 return []
@@ -63,11 +64,12 @@ class Record:
                     f"a study with other {', '.join(differing)} is there, --out {self.folder} --resume, "
                     "repeat its options or give another --out"
                 )
-            rows = self._whole_rows()
             self.rewrite(rows)
             return rows
         except OSError as error:
-            raise UserError(f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can") from error
+            raise UserError(
+                f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can"
+            ) from error
 
     def _held_options(self) -> dict[str, Any] | None:
         if not self._plan.exists():

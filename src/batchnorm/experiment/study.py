@@ -15,7 +15,7 @@ import torch
 from batchnorm.errors import UserError
 from batchnorm.experiment.claims import Claim, compute_claims
 from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import available_workers, execute, shared_data
+from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
 from batchnorm.experiment.probe import layer_table
@@ -80,7 +80,7 @@ def study(
         workers: processes side by side, one thread each; None = the cores available.
         engine: ``local``: processes of this machine.
         lrs: learning rates instead of the grid of half decades.
-        steps: optimizer steps a run; None = 1500 (1000 when `quick`).
+        steps: optimizer steps a run; None = 1000 (600 when `quick`).
         batch_size: samples a step.
         optimizer: ``sgd``, or ``momentum`` for SGD with momentum 0.9.
         progress: where to show progress; None = nowhere.
@@ -98,7 +98,10 @@ def study(
     layers = _check_arms(plan, architecture, dataset)
     record = Record(Path(out))
     options = {
-        **{"data": dataset.name, "data_digest": dataset.fingerprint(), "model": model, "model_digest": model_digest(model)},
+        "data": dataset.name,
+        "data_digest": dataset.fingerprint(),
+        "model": model,
+        "model_digest": model_digest(model),
         **plan.to_json(),
     }
     rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
@@ -151,7 +154,7 @@ def _run_missing(
     """Returns the rows of all the plan's runs, in its order, training those that are not `done`."""
     rows = {row["run_id"]: row for row in done}
     workers = workers or available_workers()
-    with shared_data(data) as folder, ProgressView(len(plan), len(rows), progress) as view:
+    with shared_data(data) as folder, fresh_workers(), ProgressView(len(plan), len(rows), progress) as view:
 
         def finished(row: Row) -> None:
             rows[row["run_id"]] = row
@@ -172,9 +175,7 @@ def _evaluate_rows(
     """Returns the rows with `steps_to_target`, each arm's chosen setting and best rate, and the target."""
     table = _table(rows)
     best = choose_rates(table, plan.arms)
-    chosen = {
-        arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()
-    }
+    chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
     target = _target(plan, rows, best[plan.arms[0]], data.chance("validation"))
     evaluated = [
         {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.experiment.measures import drift_of_run
 from batchnorm.experiment.data import PARTS, Dataset
+from batchnorm.experiment.measures import drift_of_run
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
 from batchnorm.experiment.probe import Probe, affine_parameters, as_evaluated, trace_calls
-from batchnorm.surgery.kinds import LAYERS
+from batchnorm.surgery.kinds import is_layer
 
 EVALUATIONS = 40
 _EVALUATION_BATCH = 1024
@@ -68,7 +68,7 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
         "test_accuracy": data.chance("test") if diverged else history.test_accuracy,
         "final_val_accuracy": data.chance("validation") if diverged else history.val_accuracy[-1],
         "train_loss": None if diverged else history.train_loss[-1],
-        "drift": _finite(drift_of_run(np.asarray(history.percentiles, dtype=np.float64))) if probe.layer else None,
+        "drift": _drift(history),
         "diverged": diverged,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -81,8 +81,11 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     return row, trace
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _drift(history: History) -> float | None:
+    """Returns the drift of the run's percentiles; None where there was nothing, or nothing finite, to follow."""
+    values = np.asarray(history.percentiles, dtype=np.float64)
+    drift = drift_of_run(values) if values.ndim == 3 else math.nan
+    return drift if math.isfinite(drift) else None
 
 
 def _learn(
@@ -91,9 +94,7 @@ def _learn(
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     momentum = 0.9 if run.optimizer == "momentum" else 0.0
-    optimizer = torch.optim.SGD(
-        parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True
-    )
+    optimizer = torch.optim.SGD(parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True)
     batches = _batches(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
@@ -175,15 +176,15 @@ def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
     but the first called are dropped out, that is, every hidden activation on its way to the next layer.
     """
     own = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    for module in own:
-        module.p = p
+    for dropout in own:
+        dropout.p = p
     if own or p == 0:
         return
 
     def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (F.dropout(args[0], p, module.training), *args[1:])
 
-    called = [call.module for call in trace_calls(model, example) if isinstance(call.module, LAYERS)]
+    called = [call.module for call in trace_calls(model, example) if is_layer(call.module)]
     for module in dict.fromkeys(called):
         if module is not called[0]:
             module.register_forward_pre_hook(drop)
@@ -203,5 +204,3 @@ def _one_thread_deterministic() -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-
-

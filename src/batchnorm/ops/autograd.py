@@ -101,6 +101,7 @@ class FixedStatistics(_Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         mean: Tensor,
         var: Tensor,
         eps: float,
@@ -110,7 +111,7 @@ class FixedStatistics(_Function):
         form = (eps, activation, negative_slope, 0)
         # copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
         mean, var = mean.double().clone(), var.double().clone()
-        ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, None)
-        ctx.form, ctx.inputs = form, 9
+        ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, mask)
+        ctx.form, ctx.inputs = form, 10
         ctx.set_materialize_grads(False)
         return _apply(input, mean, var, weight, bias, residual, *form)

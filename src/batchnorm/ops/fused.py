@@ -78,16 +78,51 @@ def backward(
 
 
 def pooled(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One row from R: Σnₖμₖ/Σnₖ, the pooled unbiased variance Σnₖσₖ²/Σ(nₖ−1), and Σnₖ.
+    """One row from R: Σnₖμₖ/Σnₖ, the pooled unbiased variance Σnₖσₖ²/Σ(nₖ−1), and Σ(nₖ−1).
 
     A single row gives its mean and σ²·n/(n−1): torch's convention for the buffers.
     """
     n = count.unsqueeze(1)
-    total = count.sum()
-    mean = (n * mean).sum(0) / total.clamp(min=1)
-    # all slices of one value leave no degree of freedom: 0/0 as in torch, whose buffer becomes NaN too
-    unbiased = (n * var).sum(0) / (count - 1).clamp(min=0).sum()
-    return mean, unbiased, total
+    freedom = (count - 1).clamp(min=0).sum()
+    mean = (n * mean).sum(0) / count.sum().clamp(min=1)
+    return mean, (n * var).sum(0) / freedom.clamp(min=1), freedom
+
+
+def moved(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The buffers after this batch, as new tensors.
+
+    A batch of which no variance can be told (empty, or one value a slice) counts and moves nothing; one whose
+    statistics are not finite likewise where `skip_nonfinite`.
+    """
+    new_mean, new_var, freedom = pooled(mean, var, count)
+    keep = freedom == 0
+    if skip_nonfinite:
+        keep = keep | ~(new_mean.isfinite().all() & new_var.isfinite().all())
+    tracked = None if num_batches_tracked is None else num_batches_tracked + 1
+    if momentum is None:
+        if tracked is None:
+            raise ValueError("momentum=None averages all batches and needs num_batches_tracked")
+        factor: Tensor | float = 1.0 / tracked.double()
+    else:
+        factor = momentum
+    news: list[Tensor | None] = []
+    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
+        old = None if buffer is None else buffer.double()
+        news.append(
+            None
+            if buffer is None or old is None
+            else torch.where(keep, old, old + factor * (new - old)).to(buffer.dtype)
+        )
+    return news[0], news[1], tracked
 
 
 def update_running_(
@@ -100,19 +135,8 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
-    new_mean, new_var, total = pooled(mean, var, count)
-    keep = total == 0  # an empty batch counts, and moves nothing
-    if skip_nonfinite:
-        keep = keep | ~(new_mean.isfinite().all() & new_var.isfinite().all())
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError("momentum=None averages all batches and needs num_batches_tracked")
-        factor: Tensor | float = 1.0 / num_batches_tracked.double()
-    else:
-        factor = momentum
-    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
-        if buffer is not None:
-            old = buffer.double()
-            buffer.copy_(torch.where(keep, old, old + factor * (new - old)))
+    buffers = (running_mean, running_var, num_batches_tracked)
+    news = moved(*buffers, mean, var, count, momentum, skip_nonfinite)
+    for buffer, new in zip(buffers, news, strict=True):
+        if buffer is not None and new is not None:
+            buffer.copy_(new)

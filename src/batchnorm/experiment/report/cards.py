@@ -122,7 +122,7 @@ def remainder(evidence: Evidence) -> list[str]:
     blank = [subject for subject, claim in known if not measured(claim)]
     said = []
     if same and len(same) < len(known):
-        said.append(f"No difference was found in {_listed(same)}.")
+        said.append(f"No difference was shown in {_listed(same)}.")
     if blank and len(blank) < len(known):
         said.append(f"Not measurable here: {', '.join(blank)}.")
     return said
@@ -162,7 +162,7 @@ def interval_plot(claim: Claim, sign: int) -> Markup:
 
 
 def _bound(value: float | None) -> str:
-    return "open" if value is None else number(value)
+    return "open" if value is None else number(value, 2)
 
 
 def _scale(values: list[float], ratio: bool) -> Any:
@@ -188,7 +188,7 @@ def _ends(left: float, right: float, low: float | None, high: float | None) -> l
     if right - left < 44:
         return [_text("num", (left + right) / 2, BAR + 20, f"{_bound(low)} – {_bound(high)}", _anchor(left))]
     ends = ((left, low), (right, high))
-    return [_text("num", x, BAR + 20, number(value), "middle") for x, value in ends if value is not None]
+    return [_text("num", x, BAR + 20, _bound(value), "middle") for x, value in ends if value is not None]
 
 
 def _end(x: float, value: float | None, side: int) -> Markup:

@@ -161,6 +161,7 @@ def _affine(
         return None
     shown = [label(name, 18) for name in names]
     x = axis("", tickvals=list(range(len(names))), ticktext=shown, showgrid=False, range=[-0.6, len(names) - 0.4])
+    x.update(autotickangles=[0, -35, -70], ticklabeloverflow="allow")
     drawn = layout(x, axis(title, zeroline=False), showlegend=True, boxmode="group")
     rule = {"color": "--soft", "width": 1.2, "dash": "dot"}
     drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": start, "y1": start, "line": rule}]

@@ -44,23 +44,24 @@ def write_report(
 
 def render(evidence: Evidence) -> str:
     """The page as text."""
-    plotly, boot = get_plotlyjs(), _asset("report.js")
+    plotly, boot = get_plotlyjs(), asset("report.js")
     drawn = _figures(evidence)
     shown = [figure for group in drawn.values() for figure in group]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset("report.html")).render(
+    return environment.from_string(asset("report.html")).render(
         title=f"batchnorm study: {evidence.summary.get('model', '')} on {_data_name(evidence)}",
         policy=_policy(plotly, boot),
-        css=Markup(_asset("report.css")),
+        css=Markup(asset("report.css")),
         plotly=Markup(plotly),
         boot=Markup(boot),
-        figures_json=_json_for_script({figure.name: figure.to_json() for figure in shown}),
+        figures_json=json_for_script({figure.name: figure.to_json() for figure in shown}),
         headline=cards.headline(evidence),
         remainder=cards.remainder(evidence),
         cards=cards.cards(evidence.summary),
         drawn=drawn,
         tables=_tables(evidence),
         few=tables.FEW_VALUES,
+        bare=[arm for arm in evidence.arms if not (evidence.summary.get("layers") or {}).get(arm)],
         zone=layers.zone_of(evidence.summary),
         provenance=tables.provenance(evidence),
         diverged=evidence.diverged(),
@@ -120,11 +121,12 @@ def _data_name(evidence: Evidence) -> str:
     return str((evidence.summary.get("data") or {}).get("name", "data"))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of this package: the template, the style or the script."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _json_for_script(value: Any) -> Markup:
+def json_for_script(value: Any) -> Markup:
     """JSON that no text inside can end the surrounding <script> with, or open a comment in; NaN and Inf as null."""
     text = json.dumps(_known(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

@@ -146,7 +146,7 @@ def provenance(evidence: Evidence) -> list[tuple[str, str]]:
 
 def _numbers(values: Any) -> str:
     if isinstance(values, Sequence) and not isinstance(values, str):
-        return ", ".join(number(value, 4) if finite(value) is not None else str(value) for value in values)
+        return ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
     return str(values)
 
 

@@ -1,0 +1,89 @@
+"""Choosing each arm's rate and setting so that chance alone does not choose differently for two arms.
+
+The best of several noisy means is often not the best setting. If two arms that are the same network were each
+given their luckiest setting, they would be measured at different settings and would then truly differ. So a
+setting counts as an arm's best unless the choosing seeds rule it out, and where two arms share such a setting,
+they share it.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+LEVEL = 0.95
+# Settings further under the best than this are out of the contest, and their noise is of another kind.
+_CONTEST = 0.05
+
+Scores = Mapping[Hashable, Sequence[float]]
+
+
+def contenders(scores: Scores, level: float = LEVEL) -> set[Hashable]:
+    """The settings that may be the best: those whose mean is within a margin of the largest mean.
+
+    margin = t(1 − (1 − level)/(k − 1); k(C − 1)) · s · √(2/C) for k settings of C seeds with pooled standard
+    deviation s: the subset holds the truly best setting with probability `level` (Gupta 1965, with
+    Bonferroni's bound for the critical value). `scores` maps a setting to its accuracies as fractions, a seed
+    each. With one seed there is no margin and only the largest mean contends.
+    """
+    means = {setting: float(np.mean(values)) for setting, values in scores.items()}
+    top = max(means.values())
+    close = [setting for setting, mean in means.items() if mean >= top - _CONTEST]
+    dof = sum(len(scores[setting]) - 1 for setting in close)
+    if dof < 1 or len(close) == 1:
+        return {setting for setting in close if means[setting] == top}
+    squares = sum(float(np.var(scores[setting])) * len(scores[setting]) for setting in close)
+    seeds = min(len(scores[setting]) for setting in close)
+    t = float(stats.t.ppf(1 - (1 - level) / (len(close) - 1), dof))
+    margin = t * np.sqrt(squares / dof * 2 / seeds)
+    return {setting for setting in close if means[setting] >= top - margin}
+
+
+def choose_together(scores: Mapping[str, Scores], level: float = LEVEL) -> dict[str, Hashable]:
+    """One setting an arm, its own best, shared wherever the choosing seeds cannot tell the arms' bests apart.
+
+    The first and the last arm, which are the ones compared, are settled first; every other arm takes a setting
+    already taken if that contends there. Among the settings left, the largest mean over the arms concerned
+    wins, then the first in the order of `scores`.
+    """
+    near = {arm: contenders(own, level) for arm, own in scores.items()}
+    arms = list(scores)
+    chosen: dict[str, Hashable] = {}
+
+    def take(group: list[str], among: set[Hashable]) -> None:
+        order = [setting for setting in scores[group[0]] if setting in among]
+        best = max(order, key=lambda s: sum(float(np.mean(scores[arm][s])) for arm in group))
+        chosen.update(dict.fromkeys(group, best))
+
+    shared = near[arms[0]] & near[arms[-1]]
+    if shared:
+        take([arms[0], arms[-1]], shared)
+    else:
+        take([arms[0]], near[arms[0]])
+        take([arms[-1]], near[arms[-1]])
+    for arm in arms[1:-1]:
+        take([arm], near[arm] & set(chosen.values()) or near[arm])
+    return {arm: chosen[arm] for arm in arms}
+
+
+def _scores(runs: pd.DataFrame, arm: str, keys: list[str]) -> Scores:
+    rows = runs[(runs["purpose"] == "choose") & (runs["arm"] == arm)]
+    return {setting: group["val_accuracy"].tolist() for setting, group in rows.groupby(keys, sort=True)}
+
+
+def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
+    """The learning rate of each arm, from the `choose` rows without weight decay and dropout.
+
+    `runs` has the columns of runs.csv; `arms` in the order of the study, the first and the last compared.
+    """
+    base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
+    chosen = choose_together({arm: _scores(base, arm, ["lr"]) for arm in arms})
+    return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
+
+
+def choose_settings(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The chosen setting of each arm among all that were tried: {"lr", "weight_decay", "dropout"}."""
+    keys = ["lr", "weight_decay", "dropout"]
+    chosen = choose_together({arm: _scores(runs, arm, keys) for arm in arms})
+    return {arm: dict(zip(keys, setting, strict=True)) for arm, setting in chosen.items()}  # type: ignore[call-overload]

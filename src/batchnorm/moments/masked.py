@@ -1,0 +1,51 @@
+"""Masked statistics: which positions are real. The operators select them; here the mask gets its one form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lengths_to_mask(lengths: Tensor, size: int) -> Tensor:
+    """True for the first `lengths[i]` of `size` positions of each sequence i.
+
+    Args:
+        lengths: (N,), integers, 0 to `size`.
+        size: L, the padded length.
+
+    Returns:
+        (N, L) bool, a `mask` for an input of shape (N, C, L).
+
+    Raises:
+        ValueError: lengths that are not a vector of integers.
+    """
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be a vector of integers, got {lengths.dtype} of shape {tuple(lengths.shape)}")
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def flat_mask(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask of an input (N, C, *) as (N, S), S positions a sample.
+
+    Args:
+        mask: bool, the input's shape without axis 1, or with size 1 there, broadcastable to it.
+
+    Raises:
+        ValueError: another dtype, or a shape that does not broadcast.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True = a real position), got {mask.dtype}: compare it first, mask > 0")
+    samples, _, *spatial = input.shape
+    wanted = (samples, 1, *spatial)
+    full = mask if mask.dim() == input.dim() else None
+    if mask.dim() < input.dim():
+        lacking = input.dim() - 1 - mask.dim()
+        full = mask.reshape((1,) * lacking + mask.shape).unsqueeze(1)
+    if full is None or any(have not in (1, want) for have, want in zip(full.shape, wanted, strict=True)):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit the input of shape {tuple(input.shape)}: it must be "
+            f"broadcastable to {(samples, *spatial)} or {wanted}, the input's shape without its channels"
+        )
+    if mask.device != input.device:
+        raise ValueError(f"mask is on {mask.device}, the input on {input.device}: move the mask")
+    return full.expand(wanted).flatten(1).contiguous()

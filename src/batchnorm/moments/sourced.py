@@ -1,0 +1,159 @@
+"""Normalisation whose moments pass through a source between `stats` and `apply`: synchronised, renormalised, both."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import fused, reference
+from .renorm import corrections, renormalise, renormalise_adjoint
+from .synchronised import Group, share_slices, synchronise, synchronise_adjoint
+
+_stats = torch.ops.batchnorm.stats.default
+_apply = torch.ops.batchnorm.apply.default
+_backward_reduce = torch.ops.batchnorm.backward_reduce.default
+_backward_elemt = torch.ops.batchnorm.backward_elemt.default
+
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+class Reference(NamedTuple):
+    """What renormalisation is held against: the running statistics before this batch, and its bounds."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    bounds: tuple[float | Tensor, float | Tensor]
+
+
+class _Sourced(torch.autograd.Function):
+    """`apply` with moments that came from the batch: the gradient passes through them by the source's adjoint."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        r: Tensor | None,
+        d: Tensor | None,
+        group: Group | None,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+        slice_size: int,
+    ) -> Tensor:
+        form = (eps, activation, negative_slope, slice_size)
+        ctx.save_for_backward(input, weight, bias, residual if activation else None, mask, mean, var, count, r, d)
+        ctx.form, ctx.group = form, group
+        return _apply(input, mean, var, weight, bias, residual, *form)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, residual, mask, mean, var, count, r, d = ctx.saved_tensors
+        form = ctx.form
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _second_order(ctx, grad_output)
+        arguments = (grad_output, input, mean, var, weight, bias, residual, mask)
+        sum_dy, sum_dy_xmu = _backward_reduce(*arguments, *form)
+        grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form[0])
+        if ctx.group is not None:  # every rank, whatever it needs itself: the number of collectives must agree
+            sum_dy, sum_dy_xmu = synchronise_adjoint(sum_dy, sum_dy_xmu, ctx.group)
+        if r is not None:
+            sum_dy, sum_dy_xmu = renormalise_adjoint(sum_dy, sum_dy_xmu, var, r, d, form[0])
+        through_activation = needs[3] and bool(form[1])
+        grad_input = grad_residual = None
+        if needs[0] or through_activation:
+            grad_input, grad_residual = _backward_elemt(
+                *arguments, sum_dy, sum_dy_xmu, count, *form, through_activation
+            )
+        if needs[3] and not through_activation:
+            grad_residual = grad_output
+        return (
+            grad_input if needs[0] else None,
+            grad_weight.to(weight.dtype) if needs[1] else None,
+            grad_bias.to(bias.dtype) if needs[2] else None,
+            grad_residual if needs[3] else None,
+            *(None,) * 11,
+        )
+
+
+def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The reference, differentiated by autograd as often as wanted; r and d stay the constants they were."""
+    input, weight, bias, residual, mask, _, _, _, r, d = ctx.saved_tensors
+    if ctx.group is not None:
+        raise NotImplementedError("second derivatives through synchronised statistics: use process_group=None for them")
+    eps, slice_size = ctx.form[0], ctx.form[3]
+    mean, var, _ = reference.stats(input, mask, slice_size)
+    if r is not None:
+        mean, var = renormalise(mean, var, r, d, eps)
+    out = reference.apply(input, mean, var, weight, bias, residual, *ctx.form)
+    tensors = (input, weight, bias, residual)
+    wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=False) if need and t is not None]
+    found = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
+    grads = [
+        next(found) if need and t is not None else None for t, need in zip(tensors, ctx.needs_input_grad, strict=False)
+    ]
+    if ctx.needs_input_grad[3] and grads[3] is None:
+        grads[3] = grad_output
+    return (*grads, *(None,) * 11)
+
+
+def differentiable_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    form: tuple[float, str, float, int],
+    group: Group | None,
+    against: Reference | None,
+) -> tuple[Tensor, Moments]:
+    """The same in differentiable aten operators alone: for vmap, forward mode and exported training programs."""
+    if group is not None:
+        raise NotImplementedError("synchronised statistics under vmap, forward mode or export: use process_group=None")
+    eps, slice_size = form[0], form[3]
+    mean, var, count = reference.stats(input, mask, slice_size)
+    moments = (mean.detach(), var.detach(), count)
+    if against is not None:
+        r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
+        mean, var = renormalise(mean, var, r, d, eps)
+    return reference.apply(input, mean, var, weight, bias, residual, *form), moments
+
+
+def sourced_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    form: tuple[float, str, float, int],
+    group: Group | None,
+    against: Reference | None,
+) -> tuple[Tensor, Moments]:
+    """The output, and the moments by which the buffers move: those of the joined batch, before renormalisation.
+
+    Ghost slices (`form[3]` > 0) never cross ranks: with a group they are normalised where they are, and the group
+    shares what the buffers get.
+    """
+    eps, slice_size = form[0], form[3]
+    detached = input.detach()
+    mean, var, count = moments = _stats(detached, mask, slice_size)
+    if group is not None and slice_size:
+        moments = share_slices(mean, var, count, group)
+    elif group is not None:
+        mean, var, count = moments = synchronise(mean, var, count, group)
+    r = d = None
+    if against is not None:
+        r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
+        mean, var = renormalise(mean, var, r, d, eps)
+    adjoint_group = None if slice_size else group
+    out = _Sourced.apply(input, weight, bias, residual, mask, mean, var, count, r, d, adjoint_group, *form)
+    return out, moments
