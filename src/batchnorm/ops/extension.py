@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from . import schemas as _schemas  # the operators that the kernels register themselves for
+
 LOADED = False
 
 
