@@ -163,6 +163,7 @@ class FrozenBackbone(nn.Module):
             bn.running_var.uniform_(0.2, 3)
             bn.num_batches_tracked += 1000
         bn.requires_grad_(False)
+        self.train()
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         super().train(mode)

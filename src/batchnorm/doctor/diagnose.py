@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.optim import Optimizer
 
 from ..errors import UserError
@@ -143,8 +143,11 @@ def _gather(
 
 
 def _copy_of_lazy(model: nn.Module) -> nn.Module:
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model) if any(is_lazy(t) for t in tensors) else model
+    buffers = [buffer for buffer in model.buffers() if is_lazy(buffer)]
+    if not buffers and not any(is_lazy(parameter) for parameter in model.parameters()):
+        return model
+    # Of what has no shape yet, torch copies parameters but no buffers.
+    return copy.deepcopy(model, {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in buffers})
 
 
 def _is_data(batch: Batch) -> bool:

@@ -95,10 +95,21 @@ def _describe_call(new: Node, node: fx.Node) -> None:
         return
     new.name = f"{new.name}.{name}" if new.name else name
     new.owner = node
+    if new.kind == "batch_norm":
+        new.owner = _functional_layer(new.name, _arguments(F.batch_norm, node))
     if new.kind == "dropout":
         bound = _arguments(F.dropout, node)
         p, training = bound.get("p", 0.5), bound.get("training", True)
         new.p = p if isinstance(p, (int, float)) and training is not False else 0.0
+
+
+def _functional_layer(name: str, given: dict[str, Any]) -> Layer:
+    """Of a functional call a trace knows the settings but no tensors."""
+    training = given.get("training", False) is not False
+    vectors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"))
+    return Layer(
+        name, None, "functional", eps=1e-5, momentum=None, **vectors, training=training, frozen=not training
+    )
 
 
 def _arguments(function: Any, node: fx.Node) -> dict[str, Any]:

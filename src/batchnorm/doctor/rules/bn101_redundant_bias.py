@@ -31,5 +31,5 @@ def redundant_bias(facts: Facts) -> Iterator[Found]:
         yield Found(
             layer.name,
             f"its bias is subtracted again by {norm.name} with the batch's mean and gets no gradient",
-            {"parameters": 0 if nn.parameter.is_lazy(bias) else bias.numel()},
+            {"parameters": 0 if nn.parameter.is_lazy(bias) else bias.numel(), "normalized_by": norm.name},
         )
