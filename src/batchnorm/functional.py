@@ -117,10 +117,11 @@ def batch_norm(
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
     plain = all(v is None for v in (mask, ghost_batch_size, renorm, process_group)) and nonfinite == "propagate"
-    # a factor of 1/num_batches_tracked would have to be read on the host
-    if training and plain and (momentum is not None or running_mean is None) and runs_where_we_are_not():
+    # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
+    plain = plain and (momentum is not None or running_mean is None)
+    if (plain or not training) and runs_where_we_are_not():
         return _through_torch(
-            input, running_mean, running_var, weight, bias, momentum, eps,
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation or "", residual, negative_slope, num_batches_tracked,
         )  # fmt: skip
     out, moments = batch_norm_with_moments(
@@ -297,8 +298,7 @@ def _with_fixed(
 ) -> Tensor:
     form = (eps, activation or "", negative_slope)
     if runs_where_we_are_not():
-        out = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
-        return activate(out if residual is None else out + residual, *form[1:])
+        return _through_torch(input, mean, var, weight, bias, False, 0.0, *form[:2], residual, negative_slope, None)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
         return FixedStatistics.apply(input, weight, bias, residual, mask, mean, var, *form)
     return _apply(input, mean, var, weight, bias, residual, *form, 0)
@@ -320,6 +320,7 @@ def _through_torch(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    training: bool,
     momentum: float | None,
     eps: float,
     activation: str,
@@ -327,8 +328,8 @@ def _through_torch(
     negative_slope: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """The plain layer's training in torch's operators, which every tool knows."""
-    if running_mean is not None and num_batches_tracked is not None:
+    """The plain layer in torch's operators, which every tool knows."""
+    if training and running_mean is not None and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    out = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
+    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
     return activate(out if residual is None else out + residual, activation, negative_slope)
