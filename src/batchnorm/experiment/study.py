@@ -107,7 +107,10 @@ def study(
     rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
     rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
     table = _table(rows)
-    claims = compute_claims(table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps)
+    claims = compute_claims(
+        table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
+        target=target, chance=dataset.chance("validation"),
+    )  # fmt: skip
     summary = {
         "schema": 1,
         **versions(),
