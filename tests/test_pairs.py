@@ -227,3 +227,16 @@ def test_what_the_pure_form_cannot_be():
     given = Buffers(torch.zeros(3), torch.ones(3), torch.tensor(0))
     with pytest.raises(TypeError, match="accumulation_steps"):
         batch_norm_pure(torch.randn(4, 3), given, accumulation_steps=2)
+
+
+def test_domains_by_sample_break_the_graph():
+    """The sizes of the parts are read on the host: torch.compile works, but not in one graph."""
+    layer = BatchNorm1d(3, domains=2)
+    again = copy.deepcopy(layer)
+    x, domain = torch.randn(6, 3, 4), torch.tensor([0, 1, 1, 0, 0, 1])
+    compiled = torch.compile(call, backend="aot_eager")
+    torch.testing.assert_close(compiled(layer, x, None, domain), call(again, x, None, domain))
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(again.named_buffers()))
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(layer, x, None, domain)
