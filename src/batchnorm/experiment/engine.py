@@ -70,7 +70,7 @@ def execute(
             on_finished(run_one(run, architecture, data_folder, out))
         return
     from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    from joblib.externals.loky.process_executor import BrokenProcessPool
 
     parallel = Parallel(
         n_jobs=min(workers, len(runs)),
@@ -85,10 +85,10 @@ def execute(
             warnings.simplefilter("ignore")  # loky's remarks on workers that leave early
             for row in parallel(tasks):
                 on_finished(row)
-    except TerminatedWorkerError as error:
+    except BrokenProcessPool as error:  # its message is a page of advice; the cause, where there is one, is short
+        cause = quote_error(error.__cause__) if error.__cause__ else "out of memory?"
         raise UserError(
-            f"a worker process was killed (out of memory?), --workers {workers}, "
-            "continue with --resume and fewer workers"
+            f"a worker process died ({cause}), --workers {workers}, continue with --resume and fewer workers"
         ) from error
 
 

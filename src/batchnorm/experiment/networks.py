@@ -215,15 +215,12 @@ def _norm(arm: str, place: Normalized, batch_size: int, name: str) -> nn.Module:
                 f"--arms instance with {name}, leave the arm out or use a network whose hidden layers are convolutions"
             )
         return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 1](features, affine=True)
-    try:
-        if arm == "batch_no_affine":
-            return kind(features, affine=False)
-        if arm == "ghost":
-            return kind(features, ghost_batch_size=max(2, batch_size // 4))
-        if arm == "renorm":
-            return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
-    except (NotImplementedError, AttributeError) as error:
-        raise UserError(f"arm {arm} arrives with the variants, --arms {arm}, leave it out until then") from error
+    if arm == "batch_no_affine":
+        return kind(features, affine=False)
+    if arm == "ghost":
+        return kind(features, ghost_batch_size=max(2, batch_size // 4))
+    if arm == "renorm":
+        return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
     return bn
 
 

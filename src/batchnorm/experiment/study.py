@@ -74,7 +74,7 @@ def study(
         model: ``mlp``, ``cnn`` or ``pkg.mod:function``.
         arms: normalizations, comma-separated or iterable; the last is compared with the first.
         out: the folder for report.html, runs.csv, summary.json and the runs' traces.
-        seeds: measuring seeds a setting, at least 2; None = 4 (2 when `quick`).
+        seeds: measuring seeds a setting, at least 2; None = 5 (2 when `quick`).
         quick: a smaller grid over the same range, fewer steps and seeds.
         resume: go on with the study in `out`, running exactly what is missing there.
         workers: processes side by side, one thread each; None = the cores available.

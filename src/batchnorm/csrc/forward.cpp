@@ -1,0 +1,106 @@
+// stats, apply, and the two fused.
+#include "merge.h"
+#include "schedule.h"
+
+namespace bn {
+namespace {
+
+class Forward : public JobBase {
+ public:
+  Forward(const Problem& p, bool writes) : JobBase(p, writes), variant_(variant(p)) {}
+
+  // partial: means, then sums of squared deviations
+  void reduce(std::int64_t item, std::int64_t chunk, double* partial) {
+    const Slab s = slab(item, chunk);
+    const double count = parts_.count(slice(item), chunk);
+    const Leaf& leaf = kernels().leaf[static_cast<int>(p_.dtype)];
+    std::vector<double> work(static_cast<std::size_t>(width_ > 1 ? 3 * width_ : 0));
+    double few[3];
+    double* shift = width_ > 1 ? work.data() : few;
+    const char* first = static_cast<const char*>(s.x) + parts_.first(slice(item), chunk) * static_cast<std::int64_t>(size_of(p_.dtype));
+    leaf.widen(first, width_, shift);
+    for (std::int64_t k = 0; k < width_; ++k)
+      if (shift[k] - shift[k] != 0) shift[k] = 0;  // an infinite shift would leave NaN of every value
+    shifted(leaf, s, count, shift, partial);
+    if (p_.dtype != Dtype::f64) return;
+    // float64 has no wider type to hide rounding in: once more, about the mean just found
+    for (std::int64_t k = 0; k < width_; ++k) shift[k] = partial[k] - partial[k] == 0 ? partial[k] : shift[k];
+    shifted(leaf, s, count, shift, partial);
+  }
+
+  void finish(std::int64_t item, double* partials) {
+    const std::int64_t at = slice(item), chunks = this->chunks(item);
+    std::vector<double> counts(static_cast<std::size_t>(chunks));
+    for (std::int64_t c = 0; c < chunks; ++c) counts[static_cast<std::size_t>(c)] = parts_.count(at, c);
+    merge_moments(partials, counts.data(), chunks, width_);
+    const double n = chunks ? counts[0] : 0;
+    double *mean = row(p_.mean, item), *var = row(p_.var, item);
+    for (std::int64_t k = 0; k < width_; ++k) {
+      mean[k] = n > 0 ? partials[k] : 0;
+      var[k] = n > 0 ? partials[width_ + k] / n : 0;
+    }
+    if (channel(item) == 0) p_.count[at] = n;
+    coefficients_.set_affine(item, at, channel(item));
+  }
+
+  void map(std::int64_t item, std::int64_t chunk) const {
+    Slab s = slab(item, chunk);
+    const Leaf& leaf = coefficients_.use(item, s);
+    (p_.channels_last ? leaf.apply_grid : leaf.apply_line)[variant_](s);
+  }
+
+  void count_without_channels() const {  // no item then stands for the slice
+    for (std::int64_t r = 0; !p_.c && r < p_.rows(); ++r) p_.count[r] = parts_.slice_count(r);
+  }
+
+ private:
+  static Variant variant(const Problem& p) {
+    if (p.act == Act::none && !p.residual) return plain;
+    if (p.act == Act::relu) return p.residual ? relu_residual : relu;
+    return any;
+  }
+
+  // shift has room for the sums behind it where there is more than one column
+  void shifted(const Leaf& leaf, const Slab& s, double count, double* shift, double* partial) const {
+    double *sum = shift + width_, *square = sum + width_;
+    for (std::int64_t k = 0; k < 2 * width_; ++k) sum[k] = 0;
+    if (p_.channels_last) {
+      leaf.moments_grid(s, shift, sum, square);
+    } else {
+      double both[2];
+      leaf.moments_line(s, *shift, both);
+      *sum = both[0];
+      *square = both[1];
+    }
+    const double divisor = count > 0 ? count : 1;
+    for (std::int64_t k = 0; k < width_; ++k) {
+      const double deviation = sum[k] / divisor, rest = square[k] - sum[k] * deviation;
+      partial[k] = shift[k] + deviation;
+      partial[width_ + k] = rest < 0 ? 0 : rest;  // NaN stays
+    }
+  }
+
+  Variant variant_;
+};
+
+}  // namespace
+
+void stats(const Problem& p, const Pool& pool) {
+  Forward job(p, false);
+  run(job, pool, {true, false});
+  job.count_without_channels();
+}
+
+void apply(const Problem& p, const Pool& pool) {
+  Forward job(p, true);
+  job.set_affine(pool);
+  run(job, pool, {false, true});
+}
+
+void forward(const Problem& p, const Pool& pool) {
+  Forward job(p, true);
+  run(job, pool, {true, true});
+  job.count_without_channels();
+}
+
+}  // namespace bn
