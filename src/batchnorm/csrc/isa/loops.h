@@ -37,6 +37,13 @@ template <class A, class F> BN_INLINE void over_grid(const Slab& s, const F& ste
   }
 }
 
+// How far ahead to read: along a long run, else at the same place of the next run, `stride` away.
+constexpr std::int64_t kAheadBytes = 2048;
+template <class T> BN_INLINE std::int64_t ahead_line(const Slab& s) {
+  constexpr std::int64_t far = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
+  return s.length >= 2 * far ? far : s.stride;
+}
+
 // Rows of a grid that fit in L1 together: sums stay in registers down a column, memory is still read nearly in order.
 template <class T> BN_INLINE std::int64_t tile_rows(const Slab& s) {
   const std::int64_t rows = 16384 / (s.length * static_cast<std::int64_t>(sizeof(T)));
@@ -67,7 +74,9 @@ template <class T, class A> struct Moments {
     const V<A> neutral = spread(static_cast<A>(shift));
     Doubles sum = {}, square = {}, sum2 = {}, square2 = {};
     const T* x = static_cast<const T*>(s.x);
+    const std::int64_t far = ahead_line<T>(s);
     const auto load = [&](std::int64_t i, std::int64_t m, auto mem) {
+      ahead(x + i, far);
       V<A> v = mem.template load<T, A>(x + i);
       v = mem.template keep<A>(v, neutral);
       if (masked) v = mask_line<A>(s.mask + m, mem) ? v : neutral;
@@ -98,11 +107,15 @@ template <class T, class A> struct Moments {
   template <class Lanes>
   static BN_INLINE void column(const Slab& s, std::int64_t c, std::int64_t r0, std::int64_t r1, const double* shift,
                                double* sum, double* square, Lanes mem) {
+    const std::int64_t next_tile = (r1 - r0) * s.stride;
     const T* x = static_cast<const T*>(s.x) + c;
     const Doubles k = load_doubles<A>(shift);
     Doubles a = load_doubles<A>(sum), b = load_doubles<A>(square);
     for (std::int64_t r = r0; r < r1; ++r)
-      if (!s.mask || s.mask[r]) step(mem.template load<T, A>(x + r * s.stride), k, a, b);
+      if (!s.mask || s.mask[r]) {
+        ahead(x + r * s.stride, next_tile);
+        step(mem.template load<T, A>(x + r * s.stride), k, a, b);
+      }
     store_doubles<A>(sum, a);
     store_doubles<A>(square, b);
   }
@@ -136,22 +149,32 @@ template <class T, class A, Variant kind> struct Loops {
   static void apply_line(const Slab& slab) {
     const Slab s = slab;  // a copy: its fields can stay in registers across the stores
     const Coefs<A> c = coefs_line<A>(s.coef);
-    over_line<T, A>(s, [&](std::int64_t i, std::int64_t, auto mem) { Do::apply(s, c, i, mem); });
+    const std::int64_t far = ahead_line<T>(s);
+    over_line<T, A>(s, [&](std::int64_t i, std::int64_t, auto mem) {
+      Do::prefetch(s, i, far, false);
+      Do::apply(s, c, i, mem);
+    });
   }
   static void apply_grid(const Slab& slab) {
     const Slab s = slab;
     over_grid<A>(s, [&](std::int64_t i, std::int64_t c, std::int64_t, auto mem) {
+      Do::prefetch(s, i, kAheadBytes / static_cast<std::int64_t>(sizeof(T)), false);
       Do::apply(s, coefs_grid<A>(s.coef, s.length, c, mem), i, mem);
     });
   }
   static void elemt_line(const Slab& slab) {
     const Slab s = slab;
     const Coefs<A> c = coefs_line<A>(s.coef);
-    over_line<T, A>(s, [&](std::int64_t i, std::int64_t m, auto mem) { Do::elemt(s, c, real_line(s, m, mem), i, mem); });
+    const std::int64_t far = ahead_line<T>(s);
+    over_line<T, A>(s, [&](std::int64_t i, std::int64_t m, auto mem) {
+      Do::prefetch(s, i, far, true);
+      Do::elemt(s, c, real_line(s, m, mem), i, mem);
+    });
   }
   static void elemt_grid(const Slab& slab) {
     const Slab s = slab;
     over_grid<A>(s, [&](std::int64_t i, std::int64_t c, std::int64_t r, auto mem) {
+      Do::prefetch(s, i, kAheadBytes / static_cast<std::int64_t>(sizeof(T)), true);
       Do::elemt(s, coefs_grid<A>(s.coef, s.length, c, mem), real_grid(s, r), i, mem);
     });
   }
@@ -159,7 +182,9 @@ template <class T, class A, Variant kind> struct Loops {
     const Slab s = slab;
     const Coefs<A> c = coefs_line<A>(s.coef);
     Doubles dz = {}, dz_x = {};
+    const std::int64_t far = ahead_line<T>(s);
     over_line<T, A>(s, [&](std::int64_t i, std::int64_t m, auto mem) {
+      Do::prefetch(s, i, far, true);
       Do::reduce(s, c, real_line(s, m, mem), i, mem, dz, dz_x);
     });
     sums[0] = total(dz);
@@ -171,8 +196,11 @@ template <class T, class A, Variant kind> struct Loops {
                                       double* sum_x, Lanes mem) {
     const Coefs<A> c = coefs_grid<A>(s.coef, s.length, column, mem);
     Doubles dz = {}, dz_x = {};
-    for (std::int64_t r = r0; r < r1; ++r)
+    const std::int64_t next_tile = (r1 - r0) * s.stride;
+    for (std::int64_t r = r0; r < r1; ++r) {
+      Do::prefetch(s, r * s.stride + column, next_tile, true);
       Do::reduce(s, c, real_grid(s, r), r * s.stride + column, mem, dz, dz_x);
+    }
     double values[2][lanes<A>()];
     store_doubles<A>(values[0], dz);
     store_doubles<A>(values[1], dz_x);

@@ -49,6 +49,13 @@ template <class T, class A, Variant kind> struct Step {
   static BN_INLINE const T* at(const void* base, std::int64_t i) { return static_cast<const T*>(base) + i; }
   static BN_INLINE T* at(void* base, std::int64_t i) { return static_cast<T*>(base) + i; }
 
+  // `far` values from here stands what this loop will want soon.
+  static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
+    ahead(at(s.x, i), far);
+    if (backward) ahead(at(s.grad, i), far);
+    if (kind == relu_residual || ((kind == any || kind == any_masked) && s.residual)) ahead(at(s.residual, i), far);
+  }
+
   // z, by the same expression forward and backward: the activation's derivative sees the z that the output saw.
   template <class Lanes>
   static BN_INLINE X affine(const Slab& s, const Coefs<A>& c, X centered, std::int64_t i, Lanes mem) {
@@ -67,8 +74,9 @@ template <class T, class A, Variant kind> struct Step {
 
   template <class Lanes>
   static BN_INLINE X grad_affine(const Slab& s, const Coefs<A>& c, X centered, std::int64_t i, Lanes mem) {
-    const X grad = mem.template load<T, A>(at(s.grad, i));
+    X grad = mem.template load<T, A>(at(s.grad, i));
     if (kind == plain) return grad;
+    loaded(grad);
     const X z = affine(s, c, centered, i, mem);
     const Act act = kind == relu || kind == relu_residual ? Act::relu : s.act;
     return activate_backward<A>(act, z, grad, static_cast<A>(s.negative_slope));
