@@ -53,7 +53,9 @@ def test_converted_trains_as_the_original_and_reverts_to_it(name):
     assert_close(steps(model, model, x), expected)
     revert(model)
     assert repr(model) == repr(original)
-    torch.testing.assert_close(classify(model.eval(), x), classify(original.eval(), x), rtol=1e-5, atol=1e-6)
+    # Three steps of a deep network on four samples amplify rounding; a mistake would be of the size of the logits.
+    wanted = classify(original.eval(), x)
+    torch.testing.assert_close(classify(model.eval(), x), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ZOO)
