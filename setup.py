@@ -13,7 +13,8 @@ SOURCES = sorted(str(path) for path in Path("src/batchnorm/csrc").glob("*.cpp"))
 FLAGS = [
     "-std=c++17",
     "-O2",
-    "-ffp-contract=fast",  # one multiply-add where the processor has it; clang would otherwise keep to single statements
+    "-g0",
+    "-ffp-contract=fast",  # one multiply-add where there is one; clang keeps to single statements otherwise
     "-fvisibility=hidden",
     "-Wno-psabi",  # vectors wider than the baseline's are only ever passed inside one translation unit
 ]

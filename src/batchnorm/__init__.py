@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .surgery.fold import fold
     from .surgery.fold_onnx import fold_onnx
     from .surgery.freeze import freeze, unfreeze
+    from .surgery.fuse import fuse
     from .surgery.insert import insert, strip
     from .surgery.params import copy_statistics, importance, param_groups
     from .surgery.recalibrate import recalibrate
@@ -30,6 +31,7 @@ _LAZY = {
     "fold": ".surgery",
     "fold_onnx": ".surgery",
     "freeze": ".surgery",
+    "fuse": ".surgery",
     "importance": ".surgery",
     "insert": ".surgery",
     "param_groups": ".surgery",
@@ -53,6 +55,7 @@ __all__ = [
     "fold_onnx",
     "freeze",
     "functional",
+    "fuse",
     "importance",
     "insert",
     "lengths_to_mask",

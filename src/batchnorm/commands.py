@@ -48,7 +48,9 @@ def study(
         ),
     ] = "none,batch",
     out: Annotated[str, typer.Option(help="Folder for report.html, runs.csv and summary.json.")] = "study",
-    seeds: Annotated[int | None, typer.Option(help="Measuring seeds a setting, at least 2.", show_default="4")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Measuring seeds a setting, at least 2.", show_default="5, quick 2")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller grid, fewer steps and seeds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Run exactly what is missing in --out.")] = False,
     workers: Annotated[

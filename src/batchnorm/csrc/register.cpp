@@ -125,9 +125,10 @@ void backward_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Tensor grad_residual = wanted[3] ? call.new_output() : call.nothing();
   if (wanted[0]) p.out = grad_input.data();
   if (wanted[3]) p.grad_residual = grad_residual.data();
-  if (call.count) p.count = call.doubles(call.count, p.rows(), "count");
+  // without the sums nothing passes through the moments: only grad_residual can be wanted, or frozen statistics
+  if (call.count && sums) p.count = call.doubles(call.count, p.rows(), "count");
   if (sums) backward(p, call.pool());
-  else backward_elemt(p, call.pool());
+  else if (p.out || p.grad_residual) backward_elemt(p, call.pool());
   Tensor grad_weight = wanted[1] && call.weight ? call.grad_vector(true) : call.nothing();
   Tensor grad_bias = wanted[2] && call.bias ? call.grad_vector(false) : call.nothing();
   stack[0] = grad_input.release();

@@ -11,7 +11,7 @@ void update_running(const Running& r) {
     total += r.count[k];
     free += r.count[k] > 1 ? r.count[k] - 1 : 0;
   }
-  if (total == 0) return;  // an empty batch moves nothing
+  if (free == 0) return;  // no variance can be told (empty, or one value a slice): the buffers stay
   std::vector<double> mean(static_cast<std::size_t>(r.c)), var(static_cast<std::size_t>(r.c));
   for (std::int64_t k = 0; k < r.rows; ++k)
     for (std::int64_t c = 0; c < r.c; ++c) {
@@ -21,7 +21,7 @@ void update_running(const Running& r) {
   bool finite = true;
   for (std::size_t c = 0; c < mean.size(); ++c) {
     mean[c] /= total < 1 ? 1 : total;
-    var[c] /= free;  // one value leaves no degree of freedom: 0/0, NaN as in torch
+    var[c] /= free;
     finite = finite && std::isfinite(mean[c]) && std::isfinite(var[c]);
   }
   if (r.skip_nonfinite && !finite) return;

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
 import torch
 
-from . import schemas as _schemas  # the operators that the kernels register themselves for
-
 LOADED = False
+PROBLEM = "was not built"
 
 
 def load() -> bool:
-    """Whether the compiled kernels serve the CPU. Without them the reference does, and the log says so once."""
-    global LOADED
+    """Whether the compiled kernels serve the CPU; without them the reference does."""
+    global LOADED, PROBLEM
     if LOADED:
         return True
-    problem = "was not built"
     for path in sorted(Path(__file__).parent.parent.glob("_C.*")):
         try:
             torch.ops.load_library(str(path))
         except OSError as error:  # built for another platform, or against a torch with another ABI
-            problem = f"does not load ({error})"
+            PROBLEM = f"does not load ({error})"
         else:
             LOADED = True
             return True
-    logging.getLogger("batchnorm").warning(
-        "batchnorm: the compiled CPU kernels are missing, results are the same but CPU tensors are slower:"
-        " the extension %s; reinstall with a C++ compiler at hand", problem
-    )
     return False
+
+
+@functools.cache
+def say_slower() -> None:
+    """Say once, when the reference first serves a CPU tensor: an import alone, or a GPU, needs no kernels."""
+    logging.getLogger("batchnorm").warning(
+        "the compiled CPU kernels are missing: results are the same, CPU tensors are slower. The extension %s; "
+        "reinstall batchnorm with a C++ compiler at hand",
+        PROBLEM,
+    )
 
 
 load()

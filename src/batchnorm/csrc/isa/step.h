@@ -25,13 +25,15 @@ struct Part {
 template <class A> struct Coefs {
   V<A> center, scale, shift, slope, offset;
 };
-template <class A> BN_INLINE Coefs<A> coefs_line(const void* coef) {
-  const A* c = static_cast<const A*>(coef);
-  return {spread(c[Coef::center]), spread(c[Coef::scale]), spread(c[Coef::shift]), spread(c[Coef::slope]),
-          spread(c[Coef::offset])};
+template <class A> BN_INLINE Coefs<A> coefs_line(const Slab& s, std::int64_t channel) {
+  const A* c = static_cast<const A*>(s.coef) + channel;
+  return {spread(c[Coef::center * s.coef_width]), spread(c[Coef::scale * s.coef_width]),
+          spread(c[Coef::shift * s.coef_width]), spread(c[Coef::slope * s.coef_width]),
+          spread(c[Coef::offset * s.coef_width])};
 }
-template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const void* coef, std::int64_t width, std::int64_t at, Lanes mem) {
-  const A* c = static_cast<const A*>(coef) + at;
+template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const Slab& s, std::int64_t at, Lanes mem) {
+  const A* c = static_cast<const A*>(s.coef) + at;
+  const std::int64_t width = s.coef_width;
   return {mem.template load<A, A>(c), mem.template load<A, A>(c + width), mem.template load<A, A>(c + 2 * width),
           mem.template load<A, A>(c + 3 * width), mem.template load<A, A>(c + 4 * width)};
 }
@@ -48,6 +50,13 @@ template <class T, class A, Variant kind> struct Step {
 
   static BN_INLINE const T* at(const void* base, std::int64_t i) { return static_cast<const T*>(base) + i; }
   static BN_INLINE T* at(void* base, std::int64_t i) { return static_cast<T*>(base) + i; }
+
+  // `far` values from here stands what this loop will want soon.
+  static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
+    ahead(at(s.x, i), far);
+    if (backward) ahead(at(s.grad, i), far);
+    if (kind == relu_residual || ((kind == any || kind == any_masked) && s.residual)) ahead(at(s.residual, i), far);
+  }
 
   // z, by the same expression forward and backward: the activation's derivative sees the z that the output saw.
   template <class Lanes>
@@ -67,8 +76,9 @@ template <class T, class A, Variant kind> struct Step {
 
   template <class Lanes>
   static BN_INLINE X grad_affine(const Slab& s, const Coefs<A>& c, X centered, std::int64_t i, Lanes mem) {
-    const X grad = mem.template load<T, A>(at(s.grad, i));
+    X grad = mem.template load<T, A>(at(s.grad, i));
     if (kind == plain) return grad;
+    loaded(grad);
     const X z = affine(s, c, centered, i, mem);
     const Act act = kind == relu || kind == relu_residual ? Act::relu : s.act;
     return activate_backward<A>(act, z, grad, static_cast<A>(s.negative_slope));

@@ -219,6 +219,25 @@ template <class T, class A> BN_INLINE void store_stream(T* p, V<A> v) {
   Memory<T, A>::store(p, v);
 }
 
+// Keeps a load whole and where it stands: a load that the compiler turns into a masked one waits for its mask, that is
+// for another load, and a stream from memory then runs at half its speed or less.
+template <class X> BN_INLINE void loaded(X& x) {
+#if defined(__x86_64__)
+  #if BN_VECTOR_BYTES == 64
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+#else
+  (void)x;
+#endif
+}
+
+// Reads ahead of a stream. The address may lie beyond the tensor: a prefetch faults never.
+template <class T> BN_INLINE void ahead(const T* p, std::int64_t values) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(values) * sizeof(T)));
+}
+
 // --- float64 accumulators ---------------------------------------------------------------------------------------
 #if BN_VECTOR_BYTES == 64
 BN_INLINE VD low_doubles(VF v) { return bits<VD>(_mm512_cvtps_pd(_mm512_castps512_ps256(bits<__m512>(v)))); }
