@@ -12,8 +12,9 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
-    from .doctor import diagnose
+    from .doctor.examine import diagnose
     from .experiment.study import study
+    from .monitor import Monitor
     from .surgery.convert import convert, revert
     from .surgery.fold import fold
     from .surgery.fold_onnx import fold_onnx
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
-    "diagnose": ".doctor",
+    "Monitor": ".monitor",
     "convert": ".surgery",
     "copy_statistics": ".surgery",
+    "diagnose": ".doctor",
     "fold": ".surgery",
     "fold_onnx": ".surgery",
     "freeze": ".surgery",
@@ -46,11 +48,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Monitor",
     "Renorm",
     "__version__",
-    "diagnose",
     "convert",
     "copy_statistics",
+    "diagnose",
     "fold",
     "fold_onnx",
     "freeze",
