@@ -225,12 +225,13 @@ class Monitor:
 
 
 def _percentiles(values: Tensor) -> list[float]:
-    """One sort for all of them: `torch.quantile` takes three times as long."""
-    ordered = values[:: max(1, values.numel() // _VALUES)].float().sort().values
-    places = [p * (len(ordered) - 1) for p in PERCENTILES]
-    low = ordered[[int(place) for place in places]]
-    high = ordered[[min(int(place) + 1, len(ordered) - 1) for place in places]]
-    found: list[float] = low.lerp(high, ordered.new_tensor([place % 1 for place in places])).tolist()
+    """With linear interpolation, as `torch.quantile`, which sorts: selecting the neighbours takes a fourth of it."""
+    kept = values[:: max(1, values.numel() // _VALUES)].float()
+    found = []
+    for percentile in PERCENTILES:
+        place = percentile * (len(kept) - 1)
+        low, high = (float(kept.kthvalue(min(int(place) + k, len(kept))).values) for k in (1, 2))
+        found.append(low + (high - low) * (place % 1))
     return found
 
 
