@@ -2,7 +2,7 @@
 
 from .layers import CASES, DTYPES, LAYOUTS, Problem, check_values, evaluation, measure, parse_shapes
 from .model import model_step
-from .run import bench, show
+from .run import bench, bench_model, show, show_model
 from .timing import Timing, geometric_mean, interleaved, machine
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Problem",
     "Timing",
     "bench",
+    "bench_model",
     "check_values",
     "evaluation",
     "geometric_mean",
@@ -21,4 +22,5 @@ __all__ = [
     "model_step",
     "parse_shapes",
     "show",
+    "show_model",
 ]

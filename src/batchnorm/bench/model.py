@@ -31,7 +31,7 @@ def model_step(model: nn.Module, example: Any, seconds: float, layout: str = "co
 
     if layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        example = _map(example, lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+        example = map_tensors(example, lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     ours = convert(copy.deepcopy(model))
     layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
     if not layers:
@@ -79,12 +79,13 @@ def _call(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
-def _map(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor of an example input (a tensor, a tuple, a dict, nested) changed."""
     if isinstance(example, Tensor):
         return change(example)
     if isinstance(example, dict):
-        return {key: _map(value, change) for key, value in example.items()}
-    return tuple(_map(value, change) for value in example) if isinstance(example, tuple) else example
+        return {key: map_tensors(value, change) for key, value in example.items()}
+    return tuple(map_tensors(value, change) for value in example) if isinstance(example, tuple) else example
 
 
 def _first_tensor(result: Any) -> Tensor:

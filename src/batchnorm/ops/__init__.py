@@ -1,7 +1,8 @@
 """Floor 1: the operators, their meaning, and their derivatives. Knows of no layer and no variant."""
 
-from . import schemas  # defines torch.ops.batchnorm: must come before autograd, which looks the names up
+# schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
+from . import extension, schemas
 from .activations import ACTIVATIONS, activate
 from .autograd import BatchStatistics, FixedStatistics
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "schemas"]
+__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "extension", "schemas"]

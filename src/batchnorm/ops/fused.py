@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 
 
 def forward(
@@ -19,6 +19,8 @@ def forward(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if input.device.type == "cpu" and not extension.LOADED:
+        extension.say_slower()
     mean, var, count = reference.stats(input, mask, slice_size)
     out = reference.apply(input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size)
     return out, mean, var, count

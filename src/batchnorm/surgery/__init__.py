@@ -4,6 +4,7 @@ from .convert import convert, revert
 from .fold import Fold, Folded, FoldReport, fold
 from .fold_onnx import fold_onnx
 from .freeze import freeze, unfreeze
+from .fuse import fuse
 from .insert import insert, strip
 from .params import Importance, copy_statistics, importance, param_groups
 from .recalibrate import Recalibration, Shift, recalibrate
@@ -20,6 +21,7 @@ __all__ = [
     "fold",
     "fold_onnx",
     "freeze",
+    "fuse",
     "importance",
     "insert",
     "param_groups",
