@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchnorm._version import __version__
+from batchnorm.commands_doctor import doctor
 
 if TYPE_CHECKING:
     from batchnorm.experiment.study import StudyResult
@@ -155,3 +156,9 @@ def bench_command(
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
         Console(highlight=False).print(table)
+
+
+app.command(
+    epilog="Example:  batchnorm doctor my.models:trained --data digits --ignore BN101\n\n"
+    "Exit codes: 0 fine, 1 a finding of warning or error, 2 bad usage (one line says what to do)."
+)(doctor)

@@ -105,15 +105,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         """The buffers and affine parameters of a domain; views, so that updates reach the layer."""
         if domain == 0:
             return Memory(self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias)
-        rows = [
-            None if (all_rows := getattr(self, f"domain_{name}", None)) is None else all_rows[domain - 1]
-            for name in Memory._fields
-        ]
-        shared = [
-            row if row is not None else getattr(self, name)
-            for row, name in zip(rows[3:], Memory._fields[3:], strict=True)
-        ]
-        return Memory(*rows[:3], *shared)
+        mean, var, tracked, weight, bias = (self._row(name, domain) for name in Memory._fields)
+        return Memory(
+            mean, var, tracked, self.weight if weight is None else weight, self.bias if bias is None else bias
+        )
+
+    def _row(self, name: str, domain: int) -> Tensor | None:
+        rows = getattr(self, f"domain_{name}", None)
+        return None if rows is None else rows[domain - 1]
 
     def reset_running_stats(self) -> None:
         """Statistics of every domain to 0 and 1, counters to 0; micro-batches that wait for their union are let go."""

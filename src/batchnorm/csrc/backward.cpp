@@ -11,19 +11,17 @@ class Backward : public JobBase {
 
   void reduce(std::int64_t item, std::int64_t chunk, double* partial) const {
     Slab s = slab(item, chunk);
-    s.stream = false;
     const Leaf& leaf = coefficients_.use(item, s);
     const Variant v = reduction();
     for (std::int64_t k = 0; k < 2 * width_; ++k) partial[k] = 0;
-    if (p_.channels_last) leaf.reduce_grid[v](s, partial, partial + width_);
-    else leaf.reduce_line[v](s, partial);
+    (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[v](s, partial, partial + width_);
   }
 
   void finish(std::int64_t item, double* partials) {
     merge_sums(partials, chunks(item), width_);
     double *dy = row(p_.sum_dy, item), *dy_xmu = row(p_.sum_dy_xmu, item);
     const bool any = chunks(item) > 0;
-    for (std::int64_t k = 0; k < width_; ++k) {
+    for (std::int64_t k = 0; k < channels(item); ++k) {
       dy[k] = any ? partials[k] : 0;
       dy_xmu[k] = any ? partials[width_ + k] - coefficients_.center_residue(item, k) * partials[k] : 0;
     }

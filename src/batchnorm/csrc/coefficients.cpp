@@ -20,7 +20,7 @@ void Coefficients::set_affine(std::int64_t item, std::int64_t slice, std::int64_
   double* v = values(item);
   bool wide = false;
   const std::int64_t row = (p_.one_row ? 0 : slice * p_.c) + channel;
-  for (std::int64_t k = 0; k < width_; ++k) {
+  for (std::int64_t k = 0; k < channels(channel); ++k) {
     const double mean = p_.mean[row + k], invstd = 1 / std::sqrt(p_.var[row + k] + p_.eps);
     const double center = p_.dtype == Dtype::f64 ? mean : static_cast<double>(static_cast<float>(mean));
     const double residue = std::isfinite(center) ? mean - center : 0.0;
@@ -43,7 +43,7 @@ void Coefficients::set_through(std::int64_t item, std::int64_t slice, std::int64
   bool wide = wide_[static_cast<std::size_t>(item)];
   const std::int64_t row = (p_.one_row ? 0 : slice * p_.c) + channel, sums = slice * p_.c + channel;
   const double divisor = count < 1 ? 1 : count;
-  for (std::int64_t k = 0; k < width_; ++k) {
+  for (std::int64_t k = 0; k < channels(channel); ++k) {
     const double variance = p_.var[row + k] + p_.eps;
     const double slope = p_.sum_dy_xmu[sums + k] / divisor / variance;
     const double offset = p_.sum_dy[sums + k] / divisor - center_residue(item, k) * slope;
@@ -70,6 +70,7 @@ void Coefficients::encode(std::int64_t item) {
 const Leaf& Coefficients::use(std::int64_t item, Slab& slab) const {
   const Kernels& k = kernels();
   const bool wide = p_.dtype == Dtype::f64 || wide_[static_cast<std::size_t>(item)];
+  slab.coef_width = width_;
   slab.coef = wide ? static_cast<const void*>(values(item))
                    : static_cast<const void*>(narrow_.data() + item * kCoefs * width_);
   return (wide ? k.wide : k.leaf)[static_cast<int>(p_.dtype)];

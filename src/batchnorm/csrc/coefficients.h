@@ -9,10 +9,10 @@ namespace bn {
 
 class Coefficients {
  public:
-  // `items` sets of `width` channels; a set of a contiguous tensor is one channel.
+  // `items` sets of up to `width` channels.
   Coefficients(const Problem& p, std::int64_t items, std::int64_t width);
 
-  // center, scale, shift from the item's mean and variance. `channel` is its first channel.
+  // center, scale, shift from the item's mean and variance. `channel` is its first.
   void set_affine(std::int64_t item, std::int64_t slice, std::int64_t channel);
   // slope and offset from the sums; count 0: frozen statistics.
   void set_through(std::int64_t item, std::int64_t slice, std::int64_t channel, double count);
@@ -23,6 +23,7 @@ class Coefficients {
 
  private:
   void encode(std::int64_t item);
+  std::int64_t channels(std::int64_t first) const { return p_.c - first < width_ ? p_.c - first : width_; }
   double* values(std::int64_t item) { return values_.data() + item * kCoefs * width_; }
   const double* values(std::int64_t item) const { return values_.data() + item * kCoefs * width_; }
 

@@ -14,18 +14,21 @@ class Forward : public JobBase {
     const Slab s = slab(item, chunk);
     const double count = parts_.count(slice(item), chunk);
     const Leaf& leaf = kernels().leaf[static_cast<int>(p_.dtype)];
-    std::vector<double> work(static_cast<std::size_t>(width_ > 1 ? 3 * width_ : 0));
-    double few[3];
-    double* shift = width_ > 1 ? work.data() : few;
-    const char* first = static_cast<const char*>(s.x) + parts_.first(slice(item), chunk) * static_cast<std::int64_t>(size_of(p_.dtype));
-    leaf.widen(first, width_, shift);
-    for (std::int64_t k = 0; k < width_; ++k)
+    double few[3 * kMostChannels];
+    std::vector<double> many(static_cast<std::size_t>(p_.channels_last ? 3 * width_ : 0));
+    double* shift = p_.channels_last ? many.data() : few;
+    const std::int64_t channels = this->channels(item), size = static_cast<std::int64_t>(size_of(p_.dtype));
+    const char* first = static_cast<const char*>(s.x) + parts_.first(slice(item), chunk) * size;
+    const std::int64_t step = p_.channels_last ? 1 : s.channel_stride;
+    if (step == 1) leaf.widen(first, channels, shift);
+    else for (std::int64_t k = 0; k < channels; ++k) leaf.widen(first + k * step * size, 1, shift + k);
+    for (std::int64_t k = 0; k < channels; ++k)
       if (shift[k] - shift[k] != 0) shift[k] = 0;  // an infinite shift would leave NaN of every value
-    shifted(leaf, s, count, shift, partial);
+    shifted(leaf, s, channels, count, shift, partial);
     if (p_.dtype != Dtype::f64) return;
     // float64 has no wider type to hide rounding in: once more, about the mean just found
-    for (std::int64_t k = 0; k < width_; ++k) shift[k] = partial[k] - partial[k] == 0 ? partial[k] : shift[k];
-    shifted(leaf, s, count, shift, partial);
+    for (std::int64_t k = 0; k < channels; ++k) shift[k] = partial[k] - partial[k] == 0 ? partial[k] : shift[k];
+    shifted(leaf, s, channels, count, shift, partial);
   }
 
   void finish(std::int64_t item, double* partials) {
@@ -35,7 +38,7 @@ class Forward : public JobBase {
     merge_moments(partials, counts.data(), chunks, width_);
     const double n = chunks ? counts[0] : 0;
     double *mean = row(p_.mean, item), *var = row(p_.var, item);
-    for (std::int64_t k = 0; k < width_; ++k) {
+    for (std::int64_t k = 0; k < channels(item); ++k) {
       mean[k] = n > 0 ? partials[k] : 0;
       var[k] = n > 0 ? partials[width_ + k] / n : 0;
     }
@@ -60,20 +63,13 @@ class Forward : public JobBase {
     return any;
   }
 
-  // shift has room for the sums behind it where there is more than one column
-  void shifted(const Leaf& leaf, const Slab& s, double count, double* shift, double* partial) const {
+  // shift has room for the sums behind it
+  void shifted(const Leaf& leaf, const Slab& s, std::int64_t channels, double count, double* shift, double* partial) const {
     double *sum = shift + width_, *square = sum + width_;
     for (std::int64_t k = 0; k < 2 * width_; ++k) sum[k] = 0;
-    if (p_.channels_last) {
-      leaf.moments_grid(s, shift, sum, square);
-    } else {
-      double both[2];
-      leaf.moments_line(s, *shift, both);
-      *sum = both[0];
-      *square = both[1];
-    }
+    (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, shift, sum, square);
     const double divisor = count > 0 ? count : 1;
-    for (std::int64_t k = 0; k < width_; ++k) {
+    for (std::int64_t k = 0; k < channels; ++k) {
       const double deviation = sum[k] / divisor, rest = square[k] - sum[k] * deviation;
       partial[k] = shift[k] + deviation;
       partial[width_ + k] = rest < 0 ? 0 : rest;  // NaN stays

@@ -22,8 +22,11 @@ constexpr int kVariants = 5;
 enum Coef : int { center, scale, shift, slope, offset };
 constexpr int kCoefs = 5;
 
-// A piece of a tensor. A "line" is `runs` runs of `length` values of ONE channel, `stride` apart, and has one value
-// for each coefficient. A "grid" is `runs` rows of `length` values, one column a channel, rows adjacent.
+constexpr int kMostChannels = 32;  // of a slab of lines
+
+// A piece of a tensor. "Lines" are `runs` samples, `stride` apart, each with `channels` adjacent channels of `length`
+// values (short ones go together, so that memory is read in longer stretches than one channel's). A "grid" is `runs`
+// rows of `length` values, one column a channel, rows adjacent.
 struct Slab {
   const void* x = nullptr;
   const void* grad = nullptr;      // grad_output
@@ -32,7 +35,9 @@ struct Slab {
   void* out = nullptr;             // result of apply; grad_input of elemt (may be null there)
   void* grad_residual = nullptr;   // may be null
   std::int64_t runs = 0, length = 0, stride = 0, mask_stride = 0;
+  std::int64_t channels = 1, channel_stride = 0;  // lines
   const void* coef = nullptr;
+  std::int64_t coef_width = 1;     // from one coefficient's values to the next one's
   double negative_slope = 0;
   Act act = Act::none;
   bool stream = false;             // write past the caches
@@ -42,14 +47,13 @@ struct Leaf {
   // n values as float64, and back, rounded once
   void (*widen)(const void* x, std::int64_t n, double* out);
   void (*narrow)(const double* x, std::int64_t n, void* out);
-  // sums[0] = Σ(x - shift), sums[1] = Σ(x - shift)², over the real positions, in float64
-  void (*moments_line)(const Slab&, double shift, double* sums);
-  // the same for each column, added to sum and square
+  // for each channel Σ(x - shift) and Σ(x - shift)² over the real positions, in float64, added to sum and square
+  void (*moments_line)(const Slab&, const double* shift, double* sum, double* square);
   void (*moments_grid)(const Slab&, const double* shift, double* sum, double* square);
   void (*apply_line[kVariants])(const Slab&);
   void (*apply_grid[kVariants])(const Slab&);
-  // sums[0] = Σ dz, sums[1] = Σ dz·(x - center)
-  void (*reduce_line[kVariants])(const Slab&, double* sums);
+  // for each channel Σ dz and Σ dz·(x - center), added
+  void (*reduce_line[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
   void (*reduce_grid[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
   void (*elemt_line[kVariants])(const Slab&);
   void (*elemt_grid[kVariants])(const Slab&);

@@ -5,6 +5,8 @@ namespace {
 
 // Values of a channel in one chunk. The variance's error grows with it (docs/kernels.md), the merging's cost falls.
 constexpr std::int64_t kChunk = 8192;
+// Contiguous: bytes of a sample's channels in one item, where a channel alone has fewer.
+constexpr std::int64_t kStretch = 4096;
 // Channels last: values of all channels in one chunk, and the rows that this may come to.
 constexpr std::int64_t kGridChunk = 131072, kLeastRows = 64, kMostRows = 4096;
 
@@ -14,6 +16,11 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 Partition::Partition(const Problem& p)
     : p_(p), per_slice_(p.slice_size ? p.slice_size : std::max<std::int64_t>(p.n, 1)), slices_(p.rows()) {
+  width_ = p.c;
+  if (!p.channels_last) {
+    const std::int64_t bytes = std::max<std::int64_t>(p.s * static_cast<std::int64_t>(size_of(p.dtype)), 1);
+    width_ = std::min(p.c, std::clamp<std::int64_t>(kStretch / bytes, 1, kMostChannels));
+  }
   if (p.channels_last) {
     chunk_rows_ = std::clamp(kGridChunk / std::max<std::int64_t>(p.c, 1), kLeastRows, kMostRows);
   } else if (p.s > kChunk) {
@@ -51,6 +58,8 @@ Slab Partition::slab(std::int64_t slice, std::int64_t chunk, std::int64_t channe
     const std::int64_t sample = chunk / pieces_ * group_, at = chunk % pieces_ * length_;
     s.runs = std::min(group_, samples(slice) - sample);
     s.length = std::min(length_, p_.s - at);
+    s.channels = std::min(width_, p_.c - channel);
+    s.channel_stride = p_.s;
     s.stride = p_.c * p_.s;
     s.mask_stride = p_.s;
     const std::int64_t n = slice * per_slice_ + sample;

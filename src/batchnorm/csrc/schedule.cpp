@@ -23,7 +23,9 @@ bool JobBase::stream_pays(const Problem& p, std::int64_t outputs) {
     return e ? std::atoll(e) << 20 : last_level_cache();
   }();
   const std::int64_t bytes = p.n * p.c * p.s * static_cast<std::int64_t>(size_of(p.dtype));
-  if (p.channels_last && bytes % 64) return false;
+  const std::int64_t run = (p.channels_last ? p.c : p.s) * static_cast<std::int64_t>(size_of(p.dtype));
+  // a row that no vector starts at, or a run that is mostly head and tail
+  if (p.channels_last ? run % 64 != 0 : run < 1024) return false;
   return bytes * outputs >= cache;
 }
 

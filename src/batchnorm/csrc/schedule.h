@@ -82,12 +82,13 @@ template <class Job> void run(Job& job, const Pool& pool, Steps steps) {
 class JobBase {
  public:
   JobBase(const Problem& p, std::int64_t outputs)
-      : p_(p), parts_(p), width_(p.channels_last ? p.c : 1),
+      : p_(p), parts_(p), width_(parts_.width()),
         coefficients_(p, items(), width_), stream_(stream_pays(p, outputs)) {}
 
-  std::int64_t items() const { return p_.channels_last ? p_.rows() : p_.rows() * p_.c; }
-  std::int64_t slice(std::int64_t item) const { return p_.channels_last ? item : item / p_.c; }
-  std::int64_t channel(std::int64_t item) const { return p_.channels_last ? 0 : item % p_.c; }
+  std::int64_t items() const { return p_.rows() * parts_.items_a_slice(); }
+  std::int64_t slice(std::int64_t item) const { return item / parts_.items_a_slice(); }
+  std::int64_t channel(std::int64_t item) const { return item % parts_.items_a_slice() * width_; }
+  std::int64_t channels(std::int64_t item) const { return std::min(width_, p_.c - channel(item)); }
   std::int64_t chunks(std::int64_t item) const { return parts_.chunks(slice(item)); }
   std::int64_t most_chunks() const { return parts_.most_chunks(); }
   std::int64_t partial_size() const { return 2 * width_; }

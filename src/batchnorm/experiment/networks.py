@@ -125,8 +125,9 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return model
 
 
-def find_factory(name: str) -> Callable[..., Any]:
-    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first.
+def find_factory(name: str, option: str = "--model") -> Callable[..., Any]:
+    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
+    what the user gave the name to, for the messages.
 
     Raises:
         UserError: no such module or function, or the module's own code raises.
@@ -142,10 +143,10 @@ def find_factory(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except Exception as error:
         raise UserError(
-            f"cannot be imported ({quote_error(error)}), --model {name}, correct the name or the module"
+            f"cannot be imported ({quote_error(error)}), {option} {name}, correct the name or the module"
         ) from error
     if not callable(found):
-        raise UserError(f"{attribute} is no function, --model {name}, name a function that returns a torch.nn.Module")
+        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns a torch.nn.Module")
     return found
 
 

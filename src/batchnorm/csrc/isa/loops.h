@@ -14,16 +14,20 @@ template <class T, class A> BN_INLINE std::int64_t unaligned_head(const Slab& s,
   return head < s.length ? head : s.length;
 }
 
-// Calls step(i, mask index, lanes) over a line.
-template <class T, class A, class F> BN_INLINE void over_line(const Slab& s, const F& step) {
+// Calls step(i, mask index, lanes) over one run that starts at `start`.
+template <class T, class A, class F>
+BN_INLINE void over_run(const Slab& s, std::int64_t start, std::int64_t mask, const F& step) {
   constexpr int w = lanes<A>();
-  for (std::int64_t r = 0; r < s.runs; ++r) {
-    const std::int64_t start = r * s.stride, mask = r * s.mask_stride;
-    std::int64_t i = s.stream ? unaligned_head<T, A>(s, start) : 0;
-    if (i) step(start, mask, Part{static_cast<int>(i)});
-    for (; i + w <= s.length; i += w) step(start + i, mask + i, Whole{});
-    if (i < s.length) step(start + i, mask + i, Part{static_cast<int>(s.length - i)});
-  }
+  std::int64_t i = s.stream ? unaligned_head<T, A>(s, start) : 0;
+  if (i) step(start, mask, Part{static_cast<int>(i)});
+  for (; i + w <= s.length; i += w) step(start + i, mask + i, Whole{});
+  if (i < s.length) step(start + i, mask + i, Part{static_cast<int>(s.length - i)});
+}
+
+// Calls run(start, mask index, channel) for each run of a slab of lines, in the order of memory.
+template <class F> BN_INLINE void over_runs(const Slab& s, const F& run) {
+  for (std::int64_t r = 0; r < s.runs; ++r)
+    for (std::int64_t k = 0; k < s.channels; ++k) run(r * s.stride + k * s.channel_stride, r * s.mask_stride, k);
 }
 
 // Calls step(i, column, row, lanes) over a grid, in the order of memory.
@@ -37,11 +41,11 @@ template <class A, class F> BN_INLINE void over_grid(const Slab& s, const F& ste
   }
 }
 
-// How far ahead to read: along a long run, else at the same place of the next run, `stride` away.
+// How far ahead to read: along a long run, else at the same place of the next sample, `stride` away.
 constexpr std::int64_t kAheadBytes = 2048;
 template <class T> BN_INLINE std::int64_t ahead_line(const Slab& s) {
   constexpr std::int64_t far = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
-  return s.length >= 2 * far ? far : s.stride;
+  return s.length * s.channels >= 2 * far ? far : s.stride;
 }
 
 // Rows of a grid that fit in L1 together: sums stay in registers down a column, memory is still read nearly in order.
@@ -66,42 +70,50 @@ template <class T, class A> struct Moments {
     add_product(square, d, d);
   }
 
+  struct Sums {
+    Doubles sum = {}, square = {}, sum2 = {}, square2 = {};  // two sets: the additions' latency is the bound
+  };
+
   // The shift is a value of the data (or a float64 mean of float64 data), so A holds it exactly: a lane that is left
   // out reads as the shift and adds nothing.
-  template <bool masked> static BN_INLINE void line_of(const Slab& s, double shift, double* sums) {
+  template <bool masked>
+  static BN_INLINE void run(const Slab& s, std::int64_t start, std::int64_t mask, std::int64_t far, double shift, Sums& to) {
     constexpr int w = lanes<A>();
     const Doubles k = {spread(shift), sizeof(A) == 4 ? spread(shift) : VD{}};  // b stands idle for double
     const V<A> neutral = spread(static_cast<A>(shift));
-    Doubles sum = {}, square = {}, sum2 = {}, square2 = {};
     const T* x = static_cast<const T*>(s.x);
-    const std::int64_t far = ahead_line<T>(s);
-    const auto load = [&](std::int64_t i, std::int64_t m, auto mem) {
-      ahead(x + i, far);
-      V<A> v = mem.template load<T, A>(x + i);
+    const auto load = [&](std::int64_t i, auto mem) {
+      ahead(x + start + i, far);
+      V<A> v = mem.template load<T, A>(x + start + i);
       v = mem.template keep<A>(v, neutral);
-      if (masked) v = mask_line<A>(s.mask + m, mem) ? v : neutral;
+      if (masked) v = mask_line<A>(s.mask + mask + i, mem) ? v : neutral;
       return v;
     };
-    for (std::int64_t r = 0; r < s.runs; ++r) {
-      const std::int64_t start = r * s.stride, mask = r * s.mask_stride;
-      std::int64_t i = 0;
-      for (; i + 2 * w <= s.length; i += 2 * w) {  // two sets of sums: the additions' latency is the bound
-        step(load(start + i, mask + i, Whole{}), k, sum, square);
-        step(load(start + i + w, mask + i + w, Whole{}), k, sum2, square2);
-      }
-      for (; i + w <= s.length; i += w) step(load(start + i, mask + i, Whole{}), k, sum, square);
-      if (i < s.length)
-        step(load(start + i, mask + i, Part{static_cast<int>(s.length - i)}), k, sum2, square2);
+    std::int64_t i = 0;
+    for (; i + 2 * w <= s.length; i += 2 * w) {
+      step(load(i, Whole{}), k, to.sum, to.square);
+      step(load(i + w, Whole{}), k, to.sum2, to.square2);
     }
-    add(sum, sum2);
-    add(square, square2);
-    sums[0] = total(sum);
-    sums[1] = total(square);
+    for (; i + w <= s.length; i += w) step(load(i, Whole{}), k, to.sum, to.square);
+    if (i < s.length) step(load(i, Part{static_cast<int>(s.length - i)}), k, to.sum2, to.square2);
   }
-  static void line(const Slab& slab, double shift, double* sums) {
+
+  static void line(const Slab& slab, const double* shift, double* sum, double* square) {
     const Slab s = slab;
-    if (s.mask) line_of<true>(s, shift, sums);
-    else line_of<false>(s, shift, sums);
+    const std::int64_t far = ahead_line<T>(s);
+    Sums sums[kMostChannels];
+    over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) {
+      Sums mine = sums[k];  // in registers over the run
+      if (s.mask) run<true>(s, start, mask, far, shift[k], mine);
+      else run<false>(s, start, mask, far, shift[k], mine);
+      sums[k] = mine;
+    });
+    for (std::int64_t k = 0; k < s.channels; ++k) {
+      add(sums[k].sum, sums[k].sum2);
+      add(sums[k].square, sums[k].square2);
+      sum[k] += total(sums[k].sum);
+      square[k] += total(sums[k].square);
+    }
   }
 
   template <class Lanes>
@@ -110,14 +122,18 @@ template <class T, class A> struct Moments {
     const std::int64_t next_tile = (r1 - r0) * s.stride;
     const T* x = static_cast<const T*>(s.x) + c;
     const Doubles k = load_doubles<A>(shift);
-    Doubles a = load_doubles<A>(sum), b = load_doubles<A>(square);
+    Doubles a = {}, b = {};
     for (std::int64_t r = r0; r < r1; ++r)
       if (!s.mask || s.mask[r]) {
         ahead(x + r * s.stride, next_tile);
         step(mem.template load<T, A>(x + r * s.stride), k, a, b);
       }
-    store_doubles<A>(sum, a);
-    store_doubles<A>(square, b);
+    // a tile's sums first: a long column added one by one would cost float64 data a digit
+    Doubles all_a = load_doubles<A>(sum), all_b = load_doubles<A>(square);
+    add(all_a, a);
+    add(all_b, b);
+    store_doubles<A>(sum, all_a);
+    store_doubles<A>(square, all_b);
   }
 
   static void grid(const Slab& slab, const double* shift, double* sum, double* square) {
@@ -148,53 +164,65 @@ template <class T, class A, Variant kind> struct Loops {
 
   static void apply_line(const Slab& slab) {
     const Slab s = slab;  // a copy: its fields can stay in registers across the stores
-    const Coefs<A> c = coefs_line<A>(s.coef);
     const std::int64_t far = ahead_line<T>(s);
-    over_line<T, A>(s, [&](std::int64_t i, std::int64_t, auto mem) {
-      Do::prefetch(s, i, far, false);
-      Do::apply(s, c, i, mem);
+    over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) {
+      const Coefs<A> c = coefs_line<A>(s, k);
+      over_run<T, A>(s, start, mask, [&](std::int64_t i, std::int64_t, auto mem) {
+        Do::prefetch(s, i, far, false);
+        Do::apply(s, c, i, mem);
+      });
     });
   }
   static void apply_grid(const Slab& slab) {
     const Slab s = slab;
     over_grid<A>(s, [&](std::int64_t i, std::int64_t c, std::int64_t, auto mem) {
       Do::prefetch(s, i, kAheadBytes / static_cast<std::int64_t>(sizeof(T)), false);
-      Do::apply(s, coefs_grid<A>(s.coef, s.length, c, mem), i, mem);
+      Do::apply(s, coefs_grid<A>(s, c, mem), i, mem);
     });
   }
   static void elemt_line(const Slab& slab) {
     const Slab s = slab;
-    const Coefs<A> c = coefs_line<A>(s.coef);
     const std::int64_t far = ahead_line<T>(s);
-    over_line<T, A>(s, [&](std::int64_t i, std::int64_t m, auto mem) {
-      Do::prefetch(s, i, far, true);
-      Do::elemt(s, c, real_line(s, m, mem), i, mem);
+    over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) {
+      const Coefs<A> c = coefs_line<A>(s, k);
+      over_run<T, A>(s, start, mask, [&](std::int64_t i, std::int64_t m, auto mem) {
+        Do::prefetch(s, i, far, true);
+        Do::elemt(s, c, real_line(s, m, mem), i, mem);
+      });
     });
   }
   static void elemt_grid(const Slab& slab) {
     const Slab s = slab;
     over_grid<A>(s, [&](std::int64_t i, std::int64_t c, std::int64_t r, auto mem) {
       Do::prefetch(s, i, kAheadBytes / static_cast<std::int64_t>(sizeof(T)), true);
-      Do::elemt(s, coefs_grid<A>(s.coef, s.length, c, mem), real_grid(s, r), i, mem);
+      Do::elemt(s, coefs_grid<A>(s, c, mem), real_grid(s, r), i, mem);
     });
   }
-  static void reduce_line(const Slab& slab, double* sums) {
-    const Slab s = slab;
-    const Coefs<A> c = coefs_line<A>(s.coef);
-    Doubles dz = {}, dz_x = {};
+  static void reduce_line(const Slab& slab, double* sum, double* sum_x) {
+    Slab s = slab;
+    s.stream = false;  // it writes nothing: no run has to begin at an aligned place
     const std::int64_t far = ahead_line<T>(s);
-    over_line<T, A>(s, [&](std::int64_t i, std::int64_t m, auto mem) {
-      Do::prefetch(s, i, far, true);
-      Do::reduce(s, c, real_line(s, m, mem), i, mem, dz, dz_x);
+    Doubles sums[kMostChannels][2] = {};
+    over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) {
+      const Coefs<A> c = coefs_line<A>(s, k);
+      Doubles dz = sums[k][0], dz_x = sums[k][1];
+      over_run<T, A>(s, start, mask, [&](std::int64_t i, std::int64_t m, auto mem) {
+        Do::prefetch(s, i, far, true);
+        Do::reduce(s, c, real_line(s, m, mem), i, mem, dz, dz_x);
+      });
+      sums[k][0] = dz;
+      sums[k][1] = dz_x;
     });
-    sums[0] = total(dz);
-    sums[1] = total(dz_x);
+    for (std::int64_t k = 0; k < s.channels; ++k) {
+      sum[k] += total(sums[k][0]);
+      sum_x[k] += total(sums[k][1]);
+    }
   }
 
   template <class Lanes>
   static BN_INLINE void reduce_column(const Slab& s, std::int64_t column, std::int64_t r0, std::int64_t r1, double* sum,
                                       double* sum_x, Lanes mem) {
-    const Coefs<A> c = coefs_grid<A>(s.coef, s.length, column, mem);
+    const Coefs<A> c = coefs_grid<A>(s, column, mem);
     Doubles dz = {}, dz_x = {};
     const std::int64_t next_tile = (r1 - r0) * s.stride;
     for (std::int64_t r = r0; r < r1; ++r) {

@@ -25,13 +25,15 @@ struct Part {
 template <class A> struct Coefs {
   V<A> center, scale, shift, slope, offset;
 };
-template <class A> BN_INLINE Coefs<A> coefs_line(const void* coef) {
-  const A* c = static_cast<const A*>(coef);
-  return {spread(c[Coef::center]), spread(c[Coef::scale]), spread(c[Coef::shift]), spread(c[Coef::slope]),
-          spread(c[Coef::offset])};
+template <class A> BN_INLINE Coefs<A> coefs_line(const Slab& s, std::int64_t channel) {
+  const A* c = static_cast<const A*>(s.coef) + channel;
+  return {spread(c[Coef::center * s.coef_width]), spread(c[Coef::scale * s.coef_width]),
+          spread(c[Coef::shift * s.coef_width]), spread(c[Coef::slope * s.coef_width]),
+          spread(c[Coef::offset * s.coef_width])};
 }
-template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const void* coef, std::int64_t width, std::int64_t at, Lanes mem) {
-  const A* c = static_cast<const A*>(coef) + at;
+template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const Slab& s, std::int64_t at, Lanes mem) {
+  const A* c = static_cast<const A*>(s.coef) + at;
+  const std::int64_t width = s.coef_width;
   return {mem.template load<A, A>(c), mem.template load<A, A>(c + width), mem.template load<A, A>(c + 2 * width),
           mem.template load<A, A>(c + 3 * width), mem.template load<A, A>(c + 4 * width)};
 }
