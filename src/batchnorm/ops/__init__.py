@@ -3,5 +3,6 @@
 from . import schemas  # defines torch.ops.batchnorm: must come before autograd, which looks the names up
 from .activations import ACTIVATIONS, activate
 from .autograd import BatchStatistics, FixedStatistics
+from .triton import register
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "schemas"]
+__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "register", "schemas"]
