@@ -29,13 +29,13 @@ def _apply(
     mu, sigma2 = given(mean, var, row, channels, channel, known)
     high, low = split(mu, COMPUTE)
     _invstd, scale = scales(sigma2, weight, channel, known, EPS)
+    shift = shifts(bias, low, scale, channel, known, COMPUTE)
     scale = scale.to(COMPUTE)
-    shift = shifts(bias, channel, known, scale, COMPUTE)
     for chunk in tl.range(chunks, num_stages=STAGES):
         n = first + chunk * BN + tl.arange(0, BN)
         at, exists = place(n, last, inner, live, base, stride)
         x = tl.load(input + at, mask=exists, other=0.0).to(COMPUTE)
-        _d, z = argument(x, high, low, scale, shift, residual, at, exists)
+        _d, z = argument(x, high, scale, shift, residual, at, exists)
         y = activate(z, ACTIVATION, SLOPE)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=exists)
 

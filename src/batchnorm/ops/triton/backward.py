@@ -14,7 +14,7 @@ from .apply import form
 from .backward_elemt import elemt
 from .backward_reduce import merge_sums, partial_sums
 from .launch import Plan, as_bytes, plan, run, same_layout, vectors
-from .tile import given, incoming, locate, place, scales, shifts, slope_terms, split, store_gradients, sums_of
+from .tile import given, incoming, locate, place, rounded, scales, shifts, slope_terms, split, store_gradients, sums_of
 
 
 @triton.jit
@@ -31,28 +31,29 @@ def _backward(
     mu, sigma2 = given(mean, var, row, channels, channel, known)
     high, low = split(mu, COMPUTE)
     invstd, scale = scales(sigma2, weight, channel, known, EPS)
-    scale = scale.to(COMPUTE)
     unit = invstd.to(COMPUTE)
-    shift = shifts(bias, channel, known, scale, COMPUTE)
+    offset = (low * invstd).to(COMPUTE)
+    shift = shifts(bias, low, scale, channel, known, COMPUTE)
+    scale = scale.to(COMPUTE)
     n = first + tl.arange(0, BN)
     at, exists = place(n, last, inner, live, base, stride)
     d, grad, real, empty = incoming(
-        grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, low, scale, shift,
+        grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
         ACTIVATION, SLOPE, COMPUTE, LAST,
     )  # fmt: skip
-    sum_dy, sum_xhat = sums_of(d, grad, exists, unit, LAST)
+    sum_dy, sum_xhat = sums_of(d, grad, exists, unit, offset, LAST)
     sum_xmu = sum_xhat / unit.to(tl.float64)
     if sums is not None:  # several slices: their sums are added in a launch of their own
         tl.store(sums + row * channels + channel, sum_dy, mask=known)
         tl.store(sums_xmu + row * channels + channel, sum_xmu, mask=known)
     if grad_weight is not None:
-        tl.store(grad_weight + channel, (sum_xmu * invstd).to(grad_weight.dtype.element_ty), mask=known)
+        tl.store(grad_weight + channel, rounded(sum_xmu * invstd, grad_weight.dtype.element_ty), mask=known)
     if grad_bias is not None:
-        tl.store(grad_bias + channel, sum_dy.to(grad_bias.dtype.element_ty), mask=known)
+        tl.store(grad_bias + channel, rounded(sum_dy, grad_bias.dtype.element_ty), mask=known)
     along = None
     across = None
     if count is not None:
-        along, across = slope_terms(sum_dy, sum_xmu, invstd, tl.load(count + row).to(tl.float64), COMPUTE)
+        along, across = slope_terms(sum_dy, sum_xmu, invstd, low, tl.load(count + row).to(tl.float64), COMPUTE)
     store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across, mask is not None)
 
 

@@ -29,18 +29,18 @@ def _backward_elemt(
     mu, sigma2 = given(mean, var, row, channels, channel, known)
     high, low = split(mu, COMPUTE)
     invstd, scale = scales(sigma2, weight, channel, known, EPS)
+    shift = shifts(bias, low, scale, channel, known, COMPUTE)
     scale = scale.to(COMPUTE)
-    shift = shifts(bias, channel, known, scale, COMPUTE)
     along = None
     across = None
     if count is not None:
         along, across = given(sum_dy, sum_dy_xmu, row, channels, channel, known)
-        along, across = slope_terms(along, across, invstd, tl.load(count + row).to(tl.float64), COMPUTE)
+        along, across = slope_terms(along, across, invstd, low, tl.load(count + row).to(tl.float64), COMPUTE)
     for chunk in tl.range(chunks, num_stages=STAGES):
         n = first + chunk * BN + tl.arange(0, BN)
         at, exists = place(n, last, inner, live, base, stride)
         d, grad, real, empty = incoming(
-            grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, low, scale, shift,
+            grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
             ACTIVATION, SLOPE, COMPUTE, LAST,
         )  # fmt: skip
         store_gradients(

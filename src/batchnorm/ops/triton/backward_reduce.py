@@ -15,7 +15,7 @@ from torch import Tensor
 from ..layout import dense
 from .apply import form
 from .launch import Plan, as_bytes, ceil_div, plan, run, same_layout, stages, vectors
-from .tile import given, incoming, locate, place, scales, shifts, split, sums_of
+from .tile import given, incoming, locate, place, rounded, scales, shifts, split, sums_of
 
 MERGE = 16
 
@@ -34,19 +34,20 @@ def _backward_reduce(
     mu, sigma2 = given(mean, var, row, channels, channel, known)
     high, low = split(mu, COMPUTE)
     invstd, scale = scales(sigma2, weight, channel, known, EPS)
-    scale = scale.to(COMPUTE)
     unit = invstd.to(COMPUTE)
-    shift = shifts(bias, channel, known, scale, COMPUTE)
+    offset = (low * invstd).to(COMPUTE)
+    shift = shifts(bias, low, scale, channel, known, COMPUTE)
+    scale = scale.to(COMPUTE)
     sum_dy = tl.zeros(channel.shape, tl.float64)
     sum_xhat = tl.zeros(channel.shape, tl.float64)
     for chunk in tl.range(chunks, num_stages=STAGES):
         n = first + chunk * BN + tl.arange(0, BN)
         at, exists = place(n, last, inner, live, base, stride)
         d, grad, _real, _empty = incoming(
-            grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, low, scale, shift,
+            grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
             ACTIVATION, SLOPE, COMPUTE, LAST,
         )  # fmt: skip
-        along, across = sums_of(d, grad, exists, unit, LAST)
+        along, across = sums_of(d, grad, exists, unit, offset, LAST)
         sum_dy += along
         sum_xhat += across
     to = (row * strips * (1 if LAST else inner_tiles) + part) * channels + channel
@@ -83,9 +84,9 @@ def _merge_sums(
             along_weight += sum_xmu / tl.sqrt(variance + EPS)
         along_bias += sum_dy
     if grad_weight is not None:
-        tl.store(grad_weight + channel, along_weight.to(grad_weight.dtype.element_ty), mask=known)
+        tl.store(grad_weight + channel, rounded(along_weight, grad_weight.dtype.element_ty), mask=known)
     if grad_bias is not None:
-        tl.store(grad_bias + channel, along_bias.to(grad_bias.dtype.element_ty), mask=known)
+        tl.store(grad_bias + channel, rounded(along_bias, grad_bias.dtype.element_ty), mask=known)
 
 
 def merge_sums(

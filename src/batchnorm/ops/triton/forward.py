@@ -38,9 +38,9 @@ def _forward(
     tl.store(variances + to, var, mask=known)
     high, low = split(mean, COMPUTE)
     _invstd, scale = scales(var, weight, channel, known, EPS)
+    shift = shifts(bias, low, scale, channel, known, COMPUTE)
     scale = scale.to(COMPUTE)
-    shift = shifts(bias, channel, known, scale, COMPUTE)
-    _d, z = argument(x, high, low, scale, shift, residual, at, exists)
+    _d, z = argument(x, high, scale, shift, residual, at, exists)
     y = activate(z, ACTIVATION, SLOPE)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=exists)
 

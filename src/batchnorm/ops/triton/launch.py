@@ -85,12 +85,15 @@ class Plan:
         )  # fmt: skip
 
     def meta(self, input: Tensor) -> dict[str, Any]:
+        wide = 1 + (input.element_size() == 8)
+        # registers: a thread holds the tile's share of every tensor, 32 elements, or 16 where nothing loops
+        warps = self.tile[0] * self.tile[1] * wide // (512 if self.fused else 1024)
         return {
             "LAST": self.last,
             "BN": self.tile[0],
             "BI": self.tile[1],
             "COMPUTE": compute_dtype(input),
-            "num_warps": max(1, min(8, self.tile[0] * self.tile[1] // 1024)),
+            "num_warps": max(1, min(8, warps)),
         }
 
 

@@ -1,8 +1,9 @@
 """What every kernel does to its tiles: find them, load them, sum them, and the affine step's coefficients.
 
-Moments are float64 in memory. Inside a tile arithmetic is COMPUTE (float32; float64 for float64 input): the mean is
-subtracted in two parts, so that a mean of 1e6 costs nothing, and coefficients are formed in float64 before they are
-rounded, so that neither 1e18² nor 1e-30² is ever a float32.
+Moments are float64 in memory. Inside a tile arithmetic is COMPUTE (float32; float64 for float64 input). A mean is
+high + low: `high` is subtracted from x, which rounds little or nothing where they are close, and what `low` adds to a
+result goes into that result's constant, so that a mean of 1e6 costs nothing. Coefficients are formed in float64 before
+they are rounded, so that neither 1e18² nor 1e-30² is ever a float32.
 """
 
 from __future__ import annotations
@@ -144,9 +145,19 @@ def merged(count, mean, second, count_b, mean_b, second_b):
 
 @triton.jit
 def split(mean, COMPUTE: tl.constexpr):
-    """A float64 mean as the sum of two COMPUTE parts."""
+    """A float64 mean as its COMPUTE part and the float64 rest."""
     high = mean.to(COMPUTE)
-    return high, (mean - high.to(tl.float64)).to(COMPUTE)
+    return high, mean - high.to(tl.float64)
+
+
+@triton.jit
+def rounded(value, to: tl.constexpr):
+    """A float64 value in a result's dtype, by way of float32: not every target converts float64 to bfloat16."""
+    if to == tl.float64:
+        result = value
+    else:
+        result = value.to(tl.float32).to(to)
+    return result
 
 
 @triton.jit
@@ -160,12 +171,12 @@ def scales(var, weight, channel, known, EPS: tl.constexpr):
 
 
 @triton.jit
-def shifts(bias, channel, known, scale, COMPUTE: tl.constexpr):
-    """The bias, one a channel; zeros where there is none."""
-    shift = tl.zeros(scale.shape, COMPUTE)
+def shifts(bias, low, scale, channel, known, COMPUTE: tl.constexpr):
+    """The constant of z: bias − low·scale."""
+    shift = -low * scale
     if bias is not None:
-        shift = tl.load(bias + channel, mask=known, other=0.0).to(COMPUTE)
-    return shift
+        shift += tl.load(bias + channel, mask=known, other=0.0).to(tl.float64)
+    return shift.to(COMPUTE)
 
 
 @triton.jit
@@ -179,9 +190,9 @@ def given(mean, var, row, channels, channel, known):
 
 
 @triton.jit
-def argument(x, high, low, scale, shift, residual, at, exists):
-    """x − mean, and z = (x − mean)·scale + shift + residual."""
-    d = (x - high[None, :]) - low[None, :]
+def argument(x, high, scale, shift, residual, at, exists):
+    """d = x − high, and z = d·scale + shift + residual."""
+    d = x - high[None, :]
     z = d * scale[None, :] + shift[None, :]
     if residual is not None:
         z += tl.load(residual + at, mask=exists, other=0.0).to(x.dtype)
@@ -190,16 +201,16 @@ def argument(x, high, low, scale, shift, residual, at, exists):
 
 @triton.jit
 def incoming(
-    grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, low, scale, shift,
+    grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, COMPUTE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """x − mean and dz of a tile, z computed anew; which elements are real, and which of the others are holes.
+    """d = x − high and dz of a tile, z computed anew; which elements are real, and which of the others are holes.
 
     A hole is masked and not finite: it gives nothing and receives nothing, by selection (0·NaN is NaN).
     """
     x = tl.load(input + at, mask=exists, other=0.0).to(COMPUTE)
     grad = tl.load(grad_output + at, mask=exists, other=0.0).to(COMPUTE)
-    d, z = argument(x, high, low, scale, shift, residual, at, exists)
+    d, z = argument(x, high, scale, shift, residual, at, exists)
     grad = through(grad, z, ACTIVATION, SLOPE)
     real = real_positions(mask, n, last, inner, exists, positions, LAST)
     empty = (real == 0) & ~(tl.abs(d) < float("inf"))
@@ -210,17 +221,22 @@ def incoming(
 
 
 @triton.jit
-def sums_of(d, grad, exists, unit, LAST: tl.constexpr):
-    """Σ dz and Σ dz·x̂ of a tile, one a channel."""
+def sums_of(d, grad, exists, unit, offset, LAST: tl.constexpr):
+    """Σ dz and Σ dz·x̂ of a tile in float64, one a channel; x̂ = d·unit − offset."""
     along = total(tl.where(exists, grad, 0.0), LAST)
-    return along.to(tl.float64), total(tl.where(exists, grad * (d * unit[None, :]), 0.0), LAST).to(tl.float64)
+    across = total(tl.where(exists, grad * (d * unit[None, :] - offset[None, :]), 0.0), LAST)
+    return along.to(tl.float64), across.to(tl.float64)
 
 
 @triton.jit
-def slope_terms(sum_dy, sum_xmu, invstd, count, COMPUTE: tl.constexpr):
-    """Σdz/n and invstd²·Σdz·(x − mean)/n, formed in float64: what the moments' own dependence on x takes away."""
+def slope_terms(sum_dy, sum_xmu, invstd, low, count, COMPUTE: tl.constexpr):
+    """What x's own part in the moments takes from dz, as a constant and a multiple of d.
+
+    Σdz/n + (x − mean)·invstd²·Σdz·(x − mean)/n, with x − mean = d − low.
+    """
     n = tl.maximum(count, 1.0)
-    return (sum_dy / n).to(COMPUTE), (sum_xmu / n * invstd * invstd).to(COMPUTE)
+    across = sum_xmu / n * invstd * invstd
+    return (sum_dy / n - low * across).to(COMPUTE), across.to(COMPUTE)
 
 
 @triton.jit
