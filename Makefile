@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Kernels, tests and studies run one process a core; more threads than cores only get in each other's way.
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup study test test-all lint format clean
+.PHONY: setup study figure test test-all lint format clean
 
 setup: $(READY)
 
@@ -18,13 +18,18 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/batchnorm/csrc/
 	touch $@
 
 study: $(READY)
-	$(BIN)/batchnorm study --out study
+	$(BIN)/batchnorm study --out study --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The README's figure and claims from the last `make study`; needs Chromium.
+figure: $(READY)
+	$(BIN)/python benchmarks/readme_figure.py study docs/images/study.png
+	$(BIN)/python benchmarks/readme_claims.py study README.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

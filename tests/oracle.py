@@ -112,5 +112,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 
         return
     assert torch.equal(actual.isnan(), expected.isnan())
     scale = expected.nan_to_num().abs().max().clamp(min=max(terms, 1e-300))
+    # below the normal range a rounding is one fixed step, however small the values
+    scale = scale.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / TOLERANCE[dtype])
     error = ((actual.double() - expected).nan_to_num().abs().max() / scale).item()
     assert error <= factor * TOLERANCE[dtype], f"relative error {error:.3g} at {dtype}"

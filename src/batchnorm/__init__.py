@@ -12,14 +12,34 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
+    from .doctor import diagnose
     from .experiment.study import study
+    from .surgery.convert import convert, revert
+    from .surgery.fold import fold
+    from .surgery.fold_onnx import fold_onnx
+    from .surgery.freeze import freeze, unfreeze
+    from .surgery.fuse import fuse
     from .surgery.insert import insert, strip
+    from .surgery.params import copy_statistics, importance, param_groups
+    from .surgery.recalibrate import recalibrate
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
+    "diagnose": ".doctor",
+    "convert": ".surgery",
+    "copy_statistics": ".surgery",
+    "fold": ".surgery",
+    "fold_onnx": ".surgery",
+    "freeze": ".surgery",
+    "fuse": ".surgery",
+    "importance": ".surgery",
     "insert": ".surgery",
+    "param_groups": ".surgery",
+    "recalibrate": ".surgery",
+    "revert": ".surgery",
     "strip": ".surgery",
     "study": ".experiment.study",
+    "unfreeze": ".surgery",
 }
 
 __all__ = [
@@ -28,11 +48,23 @@ __all__ = [
     "BatchNorm3d",
     "Renorm",
     "__version__",
+    "diagnose",
+    "convert",
+    "copy_statistics",
+    "fold",
+    "fold_onnx",
+    "freeze",
     "functional",
+    "fuse",
+    "importance",
     "insert",
     "lengths_to_mask",
+    "param_groups",
+    "recalibrate",
+    "revert",
     "strip",
     "study",
+    "unfreeze",
     "use_domain",
 ]
 

@@ -6,6 +6,7 @@ Domains (a set of statistics each), accumulation (one update for the union of k 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,13 +14,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .functional import batch_norm_with_moments, on_axis, recomputing
+from .functional import batch_norm_with_moments, move_buffers, on_axis, recomputing, runs_where_we_are_not
 from .moments import Moments, merge
+from .ops import fused
 
 if TYPE_CHECKING:
     from .layers import _Layer
 
-_update_running_ = torch.ops.batchnorm.update_running_.default
+# Of how many calls before a backward a renormalised layer can still tell, under checkpointing, what each saw.
+_CALLS_REMEMBERED = 16
+_COMPILED_INSIDE = (
+    "a compiled layer with renorm or accumulation_steps cannot tell that checkpointing runs it again: "
+    "compile the function that calls checkpoint, not what is inside"
+)
 
 
 class Memory(NamedTuple):
@@ -30,6 +37,13 @@ class Memory(NamedTuple):
     num_batches_tracked: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+class Seen(NamedTuple):
+    """What a renormalised call saw: the mean of its batch, by which it is known again, and the buffers before it."""
+
+    mean: Tensor
+    memory: Memory
 
 
 def kept_forward(
@@ -75,6 +89,7 @@ def _by_sample(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Tens
         _checked(layer, int(domain.max()))
     order = domain.argsort(stable=True)
     sizes = torch.bincount(domain, minlength=layer.domains or 1).tolist()
+    _check_sizes(layer, input, sizes)
     pieces, start = [], 0
     for number, size in enumerate(sizes):
         index = order[start : start + size]
@@ -86,6 +101,16 @@ def _by_sample(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Tens
     return torch.cat(pieces)[order.argsort()] if pieces else _one_domain(layer, input, residual, mask, 0)
 
 
+def _check_sizes(layer: _Layer, input: Tensor, sizes: list[int]) -> None:
+    """Refuse a lone value before any domain's statistics have moved."""
+    alone = input.numel() == input.size(0) * input.size(1) and layer.process_group is None
+    if alone and layer.uses_batch_statistics() and 1 in sizes:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training: domain {sizes.index(1)} has a single sample in "
+            f"this batch of {input.size(0)}; draw at least two of each domain"
+        )
+
+
 def _one_domain(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Tensor | None, domain: int) -> Tensor:
     memory = layer.memory(domain)
     training = layer.uses_batch_statistics()
@@ -93,8 +118,7 @@ def _one_domain(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Ten
     again = training and recomputing()
     before = memory
     if layer.renorm is not None and training:
-        before = layer._before[domain] if again and domain in layer._before else _copied(memory)
-        layer._before[domain] = before
+        before = _recalled(layer, input, mask, domain) if again else _copied(memory)
     out, moments = batch_norm_with_moments(
         input,
         before.running_mean if keep else None,
@@ -113,6 +137,8 @@ def _one_domain(layer: _Layer, input: Tensor, residual: Tensor | None, mask: Ten
         num_batches_tracked=before.num_batches_tracked,
     )
     if moments is not None and keep and memory.running_mean is not None and not again:
+        if layer.renorm is not None and not runs_where_we_are_not():
+            _note(layer, domain, Seen(moments[0], before))
         _remember(layer, memory, moments, domain)
     return out
 
@@ -122,9 +148,44 @@ def _copied(memory: Memory) -> Memory:
     return Memory(mean, var, tracked, memory.weight, memory.bias)
 
 
+def _note(layer: _Layer, domain: int, seen: Seen) -> None:
+    """Keep what a renormalised call saw. A compiled graph must return it, lest it read the moved buffers again."""
+    if torch.compiler.is_compiling():
+        layer._before[domain] = deque([seen], maxlen=_CALLS_REMEMBERED)  # a growing one would compile anew each call
+    else:
+        layer._before.setdefault(domain, deque(maxlen=_CALLS_REMEMBERED)).append(seen)
+
+
+def _recalled(layer: _Layer, input: Tensor, mask: Tensor | None, domain: int) -> Memory:
+    """The buffers that the first forward of this batch was renormalised against, whatever has moved them since.
+
+    Several calls may lie between a forward and its backward, and backwards come in any order: the batch is known
+    again by its mean.
+    """
+    seen = layer._before.get(domain)
+    if not seen:
+        return _copied(layer.memory(domain))
+    with torch.no_grad():
+        _, moments = batch_norm_with_moments(
+            input, None, None, None, None, True, layer.eps,
+            mask=mask, ghost_batch_size=layer.ghost_batch_size, process_group=layer.process_group,
+        )  # fmt: skip
+    assert moments is not None  # a training call on a batch that was normalised once
+    distances = [
+        (call.mean - moments[0]).nan_to_num().abs().sum() if call.mean.shape == moments[0].shape else torch.inf
+        for call in reversed(seen)
+    ]
+    return seen[-1 - distances.index(min(distances))].memory
+
+
 def _remember(layer: _Layer, memory: Memory, moments: Moments, domain: int) -> None:
     """Move the buffers by these moments: now, or with those of the micro-batches to come."""
     if layer.accumulation_steps > 1:
+        if runs_where_we_are_not():
+            raise NotImplementedError(
+                "accumulation_steps in training under vmap, forward mode or export: the micro-batches wait in Python; "
+                "use accumulation_steps=1 there, or eval()"
+            )
         pending = layer._pending.setdefault(domain, [])
         pending.append(moments)
         if len(pending) < layer.accumulation_steps:
@@ -133,11 +194,22 @@ def _remember(layer: _Layer, memory: Memory, moments: Moments, domain: int) -> N
         pending.clear()
         # slices stay slices; whole micro-batches become the one batch of their union
         moments = (mean, var, count) if layer.ghost_batch_size else merge(mean, var, count)
-    skip = layer.nonfinite == "skip"
-    if skip:
-        finite = moments[0].isfinite().all() & moments[1].isfinite().all()
-        layer.get_buffer("num_batches_skipped").add_(~finite)
-    _update_running_(*memory[:3], *moments, layer.momentum, skip)
+    buffers: tuple[Tensor | None, ...] = memory[:3]
+    kept_here = layer.renorm is not None or layer.accumulation_steps > 1
+    refusal = _COMPILED_INSIDE if kept_here else ""
+    if layer.nonfinite != "skip":
+        move_buffers(*buffers, *moments, layer.momentum, False, refusal)
+        return
+    skipped = layer.get_buffer("num_batches_skipped")
+    finite = fused.all_finite(*fused.pooled(*moments)[:2], memory.running_mean)
+    tracked = memory.num_batches_tracked
+    if layer.momentum is None and tracked is not None:  # the average is over the batches that took part
+        took_part = tracked - skipped
+        move_buffers(*buffers[:2], took_part, *moments, None, True, refusal)
+        tracked.add_(1)
+    else:
+        move_buffers(*buffers, *moments, layer.momentum, True, refusal)
+    skipped.add_(~finite)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchnorm._version import __version__
+from batchnorm.commands_doctor import doctor
 
 if TYPE_CHECKING:
     from batchnorm.experiment.study import StudyResult
@@ -47,7 +48,9 @@ def study(
         ),
     ] = "none,batch",
     out: Annotated[str, typer.Option(help="Folder for report.html, runs.csv and summary.json.")] = "study",
-    seeds: Annotated[int | None, typer.Option(help="Measuring seeds a setting, at least 2.", show_default="4")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Measuring seeds a setting, at least 2.", show_default="5, quick 2")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller grid, fewer steps and seeds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Run exactly what is missing in --out.")] = False,
     workers: Annotated[
@@ -106,3 +109,56 @@ def _show_claims(result: StudyResult) -> None:
     Console(markup=False, highlight=False).print(table)
     for path in (result.report, result.runs_csv, result.summary_json):
         print(path)
+
+
+@app.command(
+    name="bench",
+    epilog="Example:  batchnorm bench --shapes 32x64x56x56 --dtypes float32,bfloat16\n\n"
+    "Exit codes: 0 fine, 1 a value differs from float64 (nothing is timed then), 2 bad usage.",
+)
+def bench_command(
+    shapes: Annotated[str, typer.Option(help="N x C x sizes, comma-separated.", show_default="a ResNet-50's")] = "",
+    dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
+    layouts: Annotated[str, typer.Option(help="contiguous, channels_last.")] = "contiguous,channels_last",
+    cases: Annotated[str, typer.Option(help="bn, bn+relu, bn+add+relu.")] = "bn+relu",
+    model: Annotated[
+        str | None,
+        typer.Option(help="pkg.mod:function -> (model, example): a whole training step instead of single layers."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="torch's threads.", show_default="torch's own")] = None,
+    seconds: Annotated[float, typer.Option(help="Measuring time a row.")] = 1.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result to stdout as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Measures the layers on this machine: forward and backward, against torch eager and against a copy."""
+    from rich.console import Console
+
+    from batchnorm.bench import bench, bench_model, show, show_model
+
+    try:
+        with Console(stderr=True).status("checking values, then measuring") as status:
+            if model is not None:
+                result = bench_model(model, layouts, device, threads, seconds)
+                table = show_model(result)
+            else:
+                options = {"shapes": shapes} if shapes else {}
+                result = bench(
+                    **options, dtypes=dtypes, layouts=layouts, cases=cases, device=device, threads=threads,
+                    seconds=seconds, progress=status.update,
+                )  # fmt: skip
+                table = show(result)
+    except AssertionError as error:  # a value that is wrong: the comparison failed, and no time is shown
+        print(f"batchnorm: {error}, nothing was timed, please report it", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if as_json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        Console(highlight=False).print(table)
+
+
+app.command(
+    epilog="Example:  batchnorm doctor my.models:trained --data digits --ignore BN101\n\n"
+    "Exit codes: 0 fine, 1 a finding of warning or error, 2 bad usage (one line says what to do)."
+)(doctor)

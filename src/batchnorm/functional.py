@@ -28,6 +28,7 @@ __all__ = ["Buffers", "batch_norm", "batch_norm_pure", "batch_norm_with_moments"
 
 _apply = torch.ops.batchnorm.apply.default
 _update_running_ = torch.ops.batchnorm.update_running_.default
+_update_running_once_ = torch.ops.batchnorm.update_running_once_.default
 _functorch_level = torch._C._functorch.maybe_current_level
 
 
@@ -115,8 +116,10 @@ def batch_norm(
     checks.check_words(activation, nonfinite)
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
-    plain = not training or all(v is None for v in (mask, ghost_batch_size, renorm, process_group))
-    if plain and _needs_torch():
+    plain = all(v is None for v in (mask, ghost_batch_size, renorm, process_group)) and nonfinite == "propagate"
+    # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
+    plain = plain and (momentum is not None or running_mean is None)
+    if (plain or not training) and runs_where_we_are_not():
         return _through_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation or "", residual, negative_slope, num_batches_tracked,
@@ -127,8 +130,7 @@ def batch_norm(
         process_group=process_group, negative_slope=negative_slope, num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
     if moments is not None and running_mean is not None and not recomputing():
-        update = fused.update_running_ if _needs_torch() else _update_running_
-        update(running_mean, running_var, num_batches_tracked, *moments, momentum, nonfinite == "skip")
+        move_buffers(running_mean, running_var, num_batches_tracked, *moments, momentum, nonfinite == "skip")
     return out
 
 
@@ -172,7 +174,7 @@ def batch_norm_with_moments(
         if running_mean is None or running_var is None:
             raise ValueError("renorm corrects towards the running statistics: give running_mean and running_var")
         against = Reference(running_mean, running_var, renorm.bounds(num_batches_tracked))
-    if _needs_torch():
+    if runs_where_we_are_not():
         return differentiable_batch_norm(input, *affine, real, form, group, against)
     if group is None and against is None:
         out, *moments = BatchStatistics.apply(input, *affine, real, *form)
@@ -220,6 +222,31 @@ def batch_norm_pure(
         return out, buffers
     moved = fused.moved(mean, var, tracked, *moments, momentum, nonfinite == "skip")
     return out, Buffers(*cast(tuple[Tensor, Tensor, Tensor], moved))
+
+
+def move_buffers(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    refusal: str = "",
+) -> None:
+    """The buffers' update, in place, by the operator or by what it is made of.
+
+    A compiled call cannot know whether it is a recomputation; the operator it runs can, and does nothing then, or
+    raises `refusal`.
+    """
+    arguments = (running_mean, running_var, num_batches_tracked, mean, var, count, momentum, skip_nonfinite)
+    if runs_where_we_are_not():
+        fused.update_running_(*arguments)
+    elif torch.compiler.is_compiling():
+        _update_running_once_(*arguments, refusal)
+    else:
+        _update_running_(*arguments)
 
 
 def recomputing() -> bool:
@@ -270,12 +297,14 @@ def _with_fixed(
     negative_slope: float,
 ) -> Tensor:
     form = (eps, activation or "", negative_slope)
+    if runs_where_we_are_not():
+        return _through_torch(input, mean, var, weight, bias, False, 0.0, *form[:2], residual, negative_slope, None)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
         return FixedStatistics.apply(input, weight, bias, residual, mask, mean, var, *form)
     return _apply(input, mean, var, weight, bias, residual, *form, 0)
 
 
-def _needs_torch() -> bool:
+def runs_where_we_are_not() -> bool:
     """Whether the call must be made of torch's own operators.
 
     vmap, jacrev and forward mode have rules for these; an exported or traced program runs where we are not installed.
@@ -300,10 +329,7 @@ def _through_torch(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """The plain layer in torch's operators, which every tool knows."""
-    factor = momentum
     if training and running_mean is not None and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = 1.0 / float(num_batches_tracked)
-    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor or 0.0, eps)
+    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
     return activate(out if residual is None else out + residual, activation, negative_slope)

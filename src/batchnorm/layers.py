@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import checks
-from .bookkeeping import Memory, kept_forward
+from .bookkeeping import Memory, Seen, kept_forward
 from .functional import batch_norm
 from .moments import Moments, ProcessGroupLike, Renorm, check_group
 from .whereabouts import where
@@ -81,7 +82,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             setattr(self, name, value)
         # by domain: moments of micro-batches that wait for their union; statistics the last renormalised call saw
         self._pending: dict[int, list[Moments]] = {}
-        self._before: dict[int, Memory] = {}
+        self._before: dict[int, deque[Seen]] = {}
         if domains is not None:
             self._add_domains(domains, domain_affine)
         if self.nonfinite == "skip" and self.running_mean is not None and "num_batches_skipped" not in self._buffers:
@@ -104,15 +105,36 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         """The buffers and affine parameters of a domain; views, so that updates reach the layer."""
         if domain == 0:
             return Memory(self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias)
-        rows = [
-            None if (all_rows := getattr(self, f"domain_{name}", None)) is None else all_rows[domain - 1]
-            for name in Memory._fields
-        ]
-        shared = [
-            row if row is not None else getattr(self, name)
-            for row, name in zip(rows[3:], Memory._fields[3:], strict=True)
-        ]
-        return Memory(*rows[:3], *shared)
+        mean, var, tracked, weight, bias = (self._row(name, domain) for name in Memory._fields)
+        return Memory(
+            mean, var, tracked, self.weight if weight is None else weight, self.bias if bias is None else bias
+        )
+
+    def _row(self, name: str, domain: int) -> Tensor | None:
+        rows = getattr(self, f"domain_{name}", None)
+        return None if rows is None else rows[domain - 1]
+
+    def reset_running_stats(self) -> None:
+        """Statistics of every domain to 0 and 1, counters to 0; micro-batches that wait for their union are let go."""
+        super().reset_running_stats()
+        if self.track_running_stats:
+            for name in ("domain_running_mean", "domain_num_batches_tracked", "num_batches_skipped"):
+                if name in self._buffers:
+                    self.get_buffer(name).zero_()
+            if "domain_running_var" in self._buffers:
+                self.get_buffer("domain_running_var").fill_(1)
+        self._forget()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, value in (("domain_weight", 1.0), ("domain_bias", 0.0)):
+            if self._parameters.get(name) is not None:
+                nn.init.constant_(self.get_parameter(name), value)
+
+    def _forget(self) -> None:
+        for kept in ("_pending", "_before"):
+            if kept in self.__dict__:  # the constructor of torch's layer resets before there is anything
+                getattr(self, kept).clear()
 
     def uses_batch_statistics(self) -> bool:
         """Whether this call normalises by the batch: in training unless frozen, and where there are no buffers."""
@@ -171,7 +193,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state |= {"_pending": {}, "_before": {}}  # what lies between two steps is no state
+        state["_before"] = {}  # serves a backward of this object's own forward, never a copy's
         if hasattr(self.process_group, "group_name"):  # a group is this process's; its name means the same elsewhere
             state["process_group"] = self.process_group.group_name
         return state
@@ -185,6 +207,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 rows = getattr(self, name)
                 state_dict[prefix + name] = base.unsqueeze(0).expand(rows.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._forget()  # what waited belongs to the statistics that were replaced
 
     def extra_repr(self) -> str:
         defaults = _Layer.__dict__

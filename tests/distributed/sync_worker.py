@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Renorm
+from batchnorm.functional import Buffers, batch_norm_pure
 
 SIZES = {2: [[5, 3], [4, 0]], 3: [[4, 1, 6], [0, 5, 2]], 4: [[2, 3, 1, 4], [3, 0, 0, 2]]}
 
@@ -175,6 +176,42 @@ def check_checkpointing(world):
     assert layer.num_batches_tracked == 1
 
 
+def check_accumulation_of_sequences(world):
+    """k micro-batches of every rank are one batch; the channels lie last."""
+    sizes, rank = SIZES[world][0], dist.get_rank()
+    torch.manual_seed(11)
+    micro = [torch.randn(sum(sizes), 5, 3) * 2 + k for k in range(2)]
+    layer = BatchNorm1d(3, process_group="world", accumulation_steps=2, feature_axis=-1)
+    whole = BatchNorm1d(3, feature_axis=-1)
+    for x in micro:
+        close(layer(pieces(x, sizes, rank)), pieces(BatchNorm1d(3, feature_axis=-1)(x), sizes, rank), "micro-batch")
+    whole(torch.cat(micro))
+    for ours, theirs in zip(layer.buffers(), whole.buffers(), strict=True):
+        close(ours, theirs, "accumulated")
+
+
+def check_frozen_meets_no_one(world):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    layer = BatchNorm1d(3, process_group="world")
+    layer.frozen = True
+    with CommDebugMode() as calls:
+        layer(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
+    assert calls.get_total_counts() == 0
+
+
+def check_pure(world):
+    torch.manual_seed(12)
+    x = torch.randn(4 * world, 3)
+    given = Buffers(torch.zeros(3), torch.ones(3), torch.tensor(0))
+    out, new = batch_norm_pure(x.chunk(world)[dist.get_rank()], given, process_group="world")
+    want, wanted = batch_norm_pure(x, given)
+    close(out, want.chunk(world)[dist.get_rank()], "pure")
+    close(tuple(new), tuple(wanted), "pure buffers")
+    with pytest.raises(NotImplementedError, match="under vmap"):
+        torch.vmap(lambda x: batch_norm_pure(x, given, process_group="world")[0])(torch.randn(2, 4, 3))
+
+
 def check_subgroups(world):
     groups = [dist.new_group([rank for rank in range(world) if rank % 2 == parity]) for parity in (0, 1)]
     rank = dist.get_rank()
@@ -207,7 +244,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = dist.get_world_size()
-    checks = [value for name, value in globals().items() if name.startswith("check_")]
+    chosen = sys.argv[1:]
+    checks = [v for name, v in globals().items() if name.startswith("check_") and (not chosen or name in chosen)]
     for check in checks:
         check(world)
         dist.barrier()

@@ -16,8 +16,6 @@ from batchnorm.experiment.plan import Run
 from batchnorm.experiment.probe import Probe, as_trained, layer_table
 from batchnorm.experiment.train import evaluation_steps, set_dropout, train
 
-MADE = [arm for arm in ARMS if arm not in ("ghost", "renorm")]
-
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
@@ -38,7 +36,7 @@ def layers(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("arm", MADE)
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(model: str, arm: str, digits: Dataset) -> None:
     if (model, arm) == ("mlp", "instance"):
         with pytest.raises(UserError, match="fully connected"):
@@ -71,12 +69,6 @@ def test_the_mlp_is_the_papers(digits: Dataset) -> None:
     shapes = [tuple(layer.weight.shape) for layer in layers(model, nn.Linear)]
     assert shapes == [(100, 64), (100, 100), (100, 100), (10, 100)]
     assert len(layers(model, nn.Sigmoid)) == 3
-
-
-@pytest.mark.parametrize("arm", ["ghost", "renorm"])
-def test_arms_that_wait_for_the_variants_say_so(arm: str, digits: Dataset) -> None:
-    with pytest.raises(UserError, match="arrives with the variants"):
-        architecture("mlp", digits).build(arm, 1)
 
 
 @pytest.mark.parametrize(("features", "width"), [(100, 20), (32, 16), (64, 16), (7, 7), (1, 1)])

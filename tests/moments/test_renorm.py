@@ -95,6 +95,38 @@ def test_checkpointing_sees_the_same_reference_twice(use_reentrant):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointing_of_two_forwards_before_their_backward(use_reentrant, masked):
+    """Real and fake batches of one step: each is recomputed against what it saw, not against what moved since."""
+    layer = BatchNorm1d(3, renorm=Renorm(1.5, 0.5))
+    again = copy.deepcopy(layer)
+    batches = [torch.randn(8, 3) * k + k for k in (1, 3, 2)]
+    mask = torch.tensor([True] * 6 + [False] * 2) if masked else None
+    g, grads = torch.randn(8, 3), []
+    for run in (
+        lambda x: checkpoint(layer, x, None, mask, use_reentrant=use_reentrant),
+        lambda x: again(x, None, mask),
+    ):
+        leaves = [x.clone().requires_grad_() for x in batches]
+        (torch.cat([run(x) for x in leaves]) * g.repeat(3, 1)).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(layer.state_dict(), again.state_dict())
+
+
+def test_a_fresh_layer_is_bounded_and_the_schedule_lets_it_settle():
+    """Buffers of 0 and 1 say nothing of data at 100: r and d are clipped until the buffers have come near."""
+    x = torch.randn(64, 3) + 100
+    torch.testing.assert_close(BatchNorm1d(3, renorm=Renorm(3.0, 5.0))(x).mean(0), torch.full((3,), 5.0))
+    layer = BatchNorm1d(3, renorm=Renorm(3.0, 5.0, (100, 200), (100, 200)))
+    for _ in range(100):
+        layer(torch.randn(64, 3) + 100)
+    trained = layer(x)
+    assert (layer.eval()(x) - trained).abs().max() < 0.5
+    assert trained.mean().abs() < 0.01
+
+
 @pytest.mark.parametrize(
     "arguments", [(0.5, 1.0), (2.0, -1.0), (float("nan"), 1.0), (2.0, 1.0, (5, 5)), (2.0, 1.0, None, (-1, 3))]
 )

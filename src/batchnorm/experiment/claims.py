@@ -85,6 +85,10 @@ class _Study:
     def at_best_rate(self, arm: str) -> pd.DataFrame:
         return self.rows(arm, lr=self.settings[arm]["best_lr"], weight_decay=0, dropout=0)
 
+    def at_fastest_rate(self, arm: str) -> pd.DataFrame:
+        rate = self.settings[arm].get("fastest_lr", self.settings[arm]["best_lr"])
+        return self.rows(arm, lr=rate, weight_decay=0, dropout=0)
+
     def at_chosen_setting(self, arm: str) -> pd.DataFrame:
         return self.rows(arm, **{key: self.settings[arm][key] for key in ("lr", "weight_decay", "dropout")})
 
@@ -132,8 +136,8 @@ def _unclaimed(null: float, unit: str, why: str, n: int = 0, censored: int = 0) 
 
 
 def _steps(study: _Study, arm: str) -> CensoredSample:
-    """Octaves of steps to the target at the arm's best rate. A diverged run does not count as having reached it."""
-    rows = study.at_best_rate(arm)
+    """Octaves of steps to the target at the arm's fastest rate. A diverged run does not count as having reached it."""
+    rows = study.at_fastest_rate(arm)
     rows = rows[rows["purpose"] == "measure"]
     steps = rows["steps_to_target"].to_numpy(float)
     reached = np.isfinite(steps) & (steps <= study.budget) & ~rows["diverged"].to_numpy(bool)

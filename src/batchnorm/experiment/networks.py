@@ -125,8 +125,9 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return model
 
 
-def find_factory(name: str) -> Callable[..., Any]:
-    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first.
+def find_factory(name: str, option: str = "--model") -> Callable[..., Any]:
+    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
+    what the user gave the name to, for the messages.
 
     Raises:
         UserError: no such module or function, or the module's own code raises.
@@ -142,10 +143,10 @@ def find_factory(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except Exception as error:
         raise UserError(
-            f"cannot be imported ({quote_error(error)}), --model {name}, correct the name or the module"
+            f"cannot be imported ({quote_error(error)}), {option} {name}, correct the name or the module"
         ) from error
     if not callable(found):
-        raise UserError(f"{attribute} is no function, --model {name}, name a function that returns a torch.nn.Module")
+        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns a torch.nn.Module")
     return found
 
 
@@ -215,15 +216,12 @@ def _norm(arm: str, place: Normalized, batch_size: int, name: str) -> nn.Module:
                 f"--arms instance with {name}, leave the arm out or use a network whose hidden layers are convolutions"
             )
         return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 1](features, affine=True)
-    try:
-        if arm == "batch_no_affine":
-            return kind(features, affine=False)
-        if arm == "ghost":
-            return kind(features, ghost_batch_size=max(2, batch_size // 4))
-        if arm == "renorm":
-            return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
-    except (NotImplementedError, AttributeError) as error:
-        raise UserError(f"arm {arm} arrives with the variants, --arms {arm}, leave it out until then") from error
+    if arm == "batch_no_affine":
+        return kind(features, affine=False)
+    if arm == "ghost":
+        return kind(features, ghost_batch_size=max(2, batch_size // 4))
+    if arm == "renorm":
+        return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
     return bn
 
 

@@ -17,6 +17,9 @@ from batchnorm.experiment.networks import ARMS
 
 BASE_SEED = 0  # fixes the split
 CHOOSE_SEEDS = (1001, 1002)
+# The default grids and budget were tuned in pilot runs on digits under seeds 1 to 4: those measure nothing here.
+FIRST_MEASURE_SEED = 2001
+MOST_SEEDS = 1000
 OPTIMIZERS = ("sgd", "momentum")
 
 
@@ -114,13 +117,16 @@ def make_plan(
     """
     first, last = _RATES.get(model, _OTHER_RATES)
     grid = half_decades(first, last)
+    n_seeds = seeds if seeds is not None else 2 if quick else 5
+    # Weight decay ends at 0.01, the end of what is used in practice. In pilot runs with 0.1 in the grid the spread was
+    # from nearly all to nearly nothing in both arms, and the claim read "no difference": it speaks of 0 to 0.01 only.
     plan = Plan(
         arms=parse_arms(arms),
         lrs=parse_rates(lrs) if lrs is not None else grid[::2] if quick else grid,
         weight_decays=(0.0, 1e-4, 1e-2) if quick else (0.0, 1e-4, 1e-3, 1e-2),
         dropouts=(0.0, 0.5) if quick else (0.0, 0.25, 0.5),
         choose_seeds=CHOOSE_SEEDS,
-        measure_seeds=tuple(range(1, (seeds if seeds is not None else 2 if quick else 4) + 1)),
+        measure_seeds=tuple(range(FIRST_MEASURE_SEED, FIRST_MEASURE_SEED + n_seeds)),
         steps=steps if steps is not None else 600 if quick else 1000,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -130,9 +136,9 @@ def make_plan(
 
 
 def _check(plan: Plan) -> None:
-    seeds, most = len(plan.measure_seeds), min(CHOOSE_SEEDS) - 1
-    if not 2 <= seeds <= most:
-        raise UserError(f"{seeds} seeds, --seeds, give between 2 and {most}: one seed shows no spread")
+    seeds = len(plan.measure_seeds)
+    if not 2 <= seeds <= MOST_SEEDS:
+        raise UserError(f"{seeds} seeds, --seeds, give between 2 and {MOST_SEEDS}: one seed shows no spread")
     if plan.steps < 1:
         raise UserError(f"{plan.steps} steps, --steps, give at least 1")
     if plan.batch_size < 2:

@@ -14,22 +14,24 @@ from scipy import stats
 
 LEVEL = 0.95
 # Settings further under the best than this are out of the contest, and their noise is of another kind.
-_CONTEST = 0.05
+_CONTEST = 0.05  # share of accuracy
+_CONTEST_OCTAVES = 1.0  # of steps to the target
 
 Scores = Mapping[Hashable, Sequence[float]]
 
 
-def contenders(scores: Scores, level: float = LEVEL) -> set[Hashable]:
+def contenders(scores: Scores, level: float = LEVEL, contest: float = _CONTEST) -> set[Hashable]:
     """The settings that may be the best: those whose mean is within a margin of the largest mean.
 
     margin = t(1 − (1 − level)/(k − 1); k(C − 1)) · s · √(2/C) for k settings of C seeds with pooled standard
     deviation s: the subset holds the truly best setting with probability `level` (Gupta 1965, with
-    Bonferroni's bound for the critical value). `scores` maps a setting to its accuracies as fractions, a seed
-    each. With one seed there is no margin and only the largest mean contends.
+    Bonferroni's bound for the critical value). `scores` maps a setting to its scores, a seed each, larger being
+    better; means further than `contest` under the largest do not take part. With one seed there is no margin and
+    only the largest mean contends.
     """
     means = {setting: float(np.mean(values)) for setting, values in scores.items()}
     top = max(means.values())
-    close = [setting for setting, mean in means.items() if mean >= top - _CONTEST]
+    close = [setting for setting, mean in means.items() if mean >= top - contest]
     dof = sum(len(scores[setting]) - 1 for setting in close)
     if dof < 1 or len(close) == 1:
         return {setting for setting in close if means[setting] == top}
@@ -40,14 +42,16 @@ def contenders(scores: Scores, level: float = LEVEL) -> set[Hashable]:
     return {setting for setting in close if means[setting] >= top - margin}
 
 
-def choose_together(scores: Mapping[str, Scores], level: float = LEVEL) -> dict[str, Hashable]:
+def choose_together(
+    scores: Mapping[str, Scores], level: float = LEVEL, contest: float = _CONTEST
+) -> dict[str, Hashable]:
     """One setting an arm, its own best, shared wherever the choosing seeds cannot tell the arms' bests apart.
 
     The first and the last arm, which are the ones compared, are settled first; every other arm takes a setting
     already taken if that contends there. Among the settings left, the largest mean over the arms concerned
     wins, then the first in the order of `scores`.
     """
-    near = {arm: contenders(own, level) for arm, own in scores.items()}
+    near = {arm: contenders(own, level, contest) for arm, own in scores.items()}
     arms = list(scores)
     chosen: dict[str, Hashable] = {}
 
@@ -67,9 +71,9 @@ def choose_together(scores: Mapping[str, Scores], level: float = LEVEL) -> dict[
     return {arm: chosen[arm] for arm in arms}
 
 
-def _scores(runs: pd.DataFrame, arm: str, keys: list[str]) -> Scores:
+def _scores(runs: pd.DataFrame, arm: str, keys: list[str], column: str = "val_accuracy") -> Scores:
     rows = runs[(runs["purpose"] == "choose") & (runs["arm"] == arm)]
-    return {setting: group["val_accuracy"].tolist() for setting, group in rows.groupby(keys, sort=True)}
+    return {setting: group[column].tolist() for setting, group in rows.groupby(keys, sort=True)}
 
 
 def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
@@ -79,6 +83,21 @@ def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
     """
     base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
     chosen = choose_together({arm: _scores(base, arm, ["lr"]) for arm in arms})
+    return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
+
+
+def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
+    """The learning rate at which each arm is soonest at the target, from the same rows' `steps_to_target`.
+
+    Scored in octaves of steps. A run that never arrives counts as arriving after twice the budget: which rate is
+    chosen need not be unbiased, what is measured there is.
+    """
+    base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
+    never = 2.0 * base["steps"]
+    late = base["diverged"].astype(bool) | base["steps_to_target"].isna()
+    steps = base["steps_to_target"].where(~late, never).clip(lower=1)
+    octaves = base.assign(octaves=-np.log2(steps.astype(float)))
+    chosen = choose_together({arm: _scores(octaves, arm, ["lr"], "octaves") for arm in arms}, contest=_CONTEST_OCTAVES)
     return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
 
 

@@ -23,7 +23,7 @@ from batchnorm.experiment.progress import ProgressView
 from batchnorm.experiment.provenance import model_digest, versions
 from batchnorm.experiment.record import COLUMNS, Record
 from batchnorm.experiment.report import write_report
-from batchnorm.experiment.selection import choose_rates, choose_settings
+from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def study(
         model: ``mlp``, ``cnn`` or ``pkg.mod:function``.
         arms: normalizations, comma-separated or iterable; the last is compared with the first.
         out: the folder for report.html, runs.csv, summary.json and the runs' traces.
-        seeds: measuring seeds a setting, at least 2; None = 4 (2 when `quick`).
+        seeds: measuring seeds a setting, at least 2; None = 5 (2 when `quick`).
         quick: a smaller grid over the same range, fewer steps and seeds.
         resume: go on with the study in `out`, running exactly what is missing there.
         workers: processes side by side, one thread each; None = the cores available.
@@ -107,7 +107,10 @@ def study(
     rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
     rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
     table = _table(rows)
-    claims = compute_claims(table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps)
+    claims = compute_claims(
+        table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
+        target=target, chance=dataset.chance("validation"),
+    )  # fmt: skip
     summary = {
         "schema": 1,
         **versions(),
@@ -176,18 +179,21 @@ def _evaluate_rows(
     table = _table(rows)
     best = choose_rates(table, plan.arms)
     chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
-    target = _target(plan, rows, best[plan.arms[0]], data.chance("validation"))
+    target = _target(plan, rows, best[plan.arms[0]], data)
     evaluated = [
         {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}
         for row in rows
     ]
+    for arm, rate in choose_fastest(_table(evaluated), plan.arms).items():
+        chosen[arm]["fastest_lr"] = rate
     return evaluated, chosen, target
 
 
-def _target(plan: Plan, rows: list[Row], best_lr: float, chance: float) -> float | None:
+def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float | None:
     """Returns the validation accuracy that the first arm attains, None when it learns nothing at any rate.
 
-    The median over the choosing seeds at the arm's best rate: the measuring seeds have no part in it.
+    The lower 95 % limit, for so many samples, of the median over the choosing seeds at the arm's best rate (the
+    measuring seeds have no part in it). On the plateau above, which run is first is a lottery.
     """
     attained = statistics.median(
         row["val_accuracy"]
@@ -195,7 +201,9 @@ def _target(plan: Plan, rows: list[Row], best_lr: float, chance: float) -> float
         if (row["arm"], row["purpose"], row["lr"]) == (plan.arms[0], "choose", best_lr)
         and row["weight_decay"] == row["dropout"] == 0
     )
-    return attained if attained > chance else None
+    if attained <= data.chance("validation"):
+        return None
+    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
 
 
 def steps_to(target: float | None, trace: dict[str, Any]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,7 @@ def merge(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Ten
     Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
     """
     n = count.unsqueeze(1)
+    mean, var = torch.where(n > 0, mean, 0.0), torch.where(n > 0, var, 0.0)
     total = count.sum().clamp(min=1)
     pooled = (n * mean).sum(0, keepdim=True) / total
     spread = (n * (var + (mean - pooled).square())).sum(0, keepdim=True) / total

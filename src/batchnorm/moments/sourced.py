@@ -94,7 +94,7 @@ def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     mean, var, _ = reference.stats(input, mask, slice_size)
     if r is not None:
         mean, var = renormalise(mean, var, r, d, eps)
-    out = reference.apply(input, mean, var, weight, bias, residual, *ctx.form)
+    out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *ctx.form)
     tensors = (input, weight, bias, residual)
     wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=False) if need and t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
@@ -125,7 +125,7 @@ def differentiable_batch_norm(
     if against is not None:
         r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
         mean, var = renormalise(mean, var, r, d, eps)
-    return reference.apply(input, mean, var, weight, bias, residual, *form), moments
+    return reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form), moments
 
 
 def sourced_batch_norm(

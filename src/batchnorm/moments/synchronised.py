@@ -79,7 +79,8 @@ def share_slices(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tupl
     channels = mean.size(1)
     unbiased = sums[channels:-2] / freedom.clamp(min=1)
     biased = unbiased * (total - 1).clamp(min=0) / total.clamp(min=1)
-    return (sums[:channels] / total.clamp(min=1)).unsqueeze(0), biased.unsqueeze(0), total.view(1)
+    counted = total * (freedom > 0)  # one value a slice, everywhere: no variance to move the buffers by
+    return (sums[:channels] / total.clamp(min=1)).unsqueeze(0), biased.unsqueeze(0), counted.view(1)
 
 
 def synchronise_adjoint(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Floor 1: the operators, their meaning, and their derivatives. Knows of no layer and no variant."""
 
-from . import schemas  # defines torch.ops.batchnorm: must come before autograd, which looks the names up
+# schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
+from . import extension, schemas
 from .activations import ACTIVATIONS, activate
 from .autograd import BatchStatistics, FixedStatistics
 from .triton import register
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "register", "schemas"]
+__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "extension", "register", "schemas"]

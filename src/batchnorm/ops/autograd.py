@@ -35,7 +35,7 @@ def _second_order(
     assert var is not None
     if count is not None:
         mean, var, _ = reference.stats(input, mask, form[3])
-    out = reference.apply(input, mean, var, weight, bias, residual, *form)
+    out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form)
     wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
     grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
     return [

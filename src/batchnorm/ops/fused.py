@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 
 
 def forward(
@@ -19,6 +19,8 @@ def forward(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if input.device.type == "cpu" and not extension.LOADED:
+        extension.say_slower()
     mean, var, count = reference.stats(input, mask, slice_size)
     out = reference.apply(input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size)
     return out, mean, var, count
@@ -88,6 +90,13 @@ def pooled(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Te
     return mean, (n * var).sum(0) / freedom.clamp(min=1), freedom
 
 
+def all_finite(mean: Tensor, var: Tensor, buffer: Tensor | None) -> Tensor:
+    """Whether every pooled moment is finite, and still is in the dtype of the buffer that is to hold it."""
+    if buffer is not None:
+        mean, var = mean.to(buffer.dtype), var.to(buffer.dtype)
+    return mean.isfinite().all() & var.isfinite().all()
+
+
 def moved(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -101,12 +110,12 @@ def moved(
     """The buffers after this batch, as new tensors.
 
     A batch of which no variance can be told (empty, or one value a slice) counts and moves nothing; one whose
-    statistics are not finite likewise where `skip_nonfinite`.
+    statistics are not finite, or overflow the buffers' dtype, likewise where `skip_nonfinite`.
     """
     new_mean, new_var, freedom = pooled(mean, var, count)
     keep = freedom == 0
     if skip_nonfinite:
-        keep = keep | ~(new_mean.isfinite().all() & new_var.isfinite().all())
+        keep = keep | ~all_finite(new_mean, new_var, running_mean)
     tracked = None if num_batches_tracked is None else num_batches_tracked + 1
     if momentum is None:
         if tracked is None:
@@ -140,3 +149,27 @@ def update_running_(
     for buffer, new in zip(buffers, news, strict=True):
         if buffer is not None and new is not None:
             buffer.copy_(new)
+
+
+def update_running_once_(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    refusal: str,
+) -> None:
+    """`update_running_`, unless this runs inside a backward: a compiled forward that checkpointing runs again.
+
+    Raises:
+        RuntimeError: `refusal`, where it is not empty and this is such a second run.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        torch.ops.batchnorm.update_running_.default(
+            running_mean, running_var, num_batches_tracked, mean, var, count, momentum, skip_nonfinite
+        )
+    elif refusal:
+        raise RuntimeError(refusal)

@@ -6,6 +6,8 @@ x is (N, C, S); moments and sums are (R, C) float64, one row a ghost slice (R = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,25 @@ def apply(
 ) -> Tensor:
     _, z = _affine(input, mean, var, weight, bias, residual, eps, slice_size)
     return _like(activate(z, activation, negative_slope), input)
+
+
+def apply_around_padding(
+    input: Tensor,
+    mask: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *form: Any,
+) -> Tensor:
+    """`apply`, of which autograd derives what `backward_elemt` gives: padding that is not finite has no gradient."""
+    if mask is None:
+        return apply(input, mean, var, weight, bias, residual, *form)
+    hole = (~mask.unsqueeze(1) & ~flat(input).isfinite()).view(input.shape)
+    out = apply(torch.where(hole, 0.0, input), mean, var, weight, bias, residual, *form)
+    constants = (None if t is None else t.detach() for t in (input, mean, var, weight, bias, residual))
+    return torch.where(hole, apply(*constants, *form), out)
 
 
 def _grad_affine(

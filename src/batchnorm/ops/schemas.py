@@ -17,6 +17,10 @@ from .layout import dense, slices
 
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
 _FORM = "float eps, str activation, float negative_slope, int slice_size"
+_UPDATE = (
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " Tensor mean, Tensor var, Tensor count, float? momentum, bool skip_nonfinite"
+)
 
 SCHEMAS = {
     "stats": "(Tensor input, Tensor? mask, int slice_size) -> (Tensor mean, Tensor var, Tensor count)",
@@ -31,8 +35,8 @@ SCHEMAS = {
     "backward": "(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor? count,"
     f" {_AFFINE}, Tensor? mask, {_FORM}, bool[4] output_mask)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
-    "update_running_": "(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor mean, Tensor var, Tensor count, float? momentum, bool skip_nonfinite) -> ()",
+    "update_running_": f"({_UPDATE}) -> ()",
+    "update_running_once_": f"({_UPDATE}, str refusal) -> ()",
 }
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
@@ -97,6 +101,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (fused.forward, _fake_forward),
     "backward": (fused.backward, _fake_backward),
     "update_running_": (fused.update_running_, _fake_update_running_),
+    "update_running_once_": (fused.update_running_once_, _fake_update_running_),
 }
 
 for _name, _schema in SCHEMAS.items():

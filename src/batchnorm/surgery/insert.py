@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from ..ops import activate
 from .kinds import channel_axis, is_layer, is_norm, out_features, spatial_dims
 from .replace import names_of, replace_all
+from .rest import rest_of
 from .trace import Trace, trace
 from .untouched import untouched
 
@@ -40,7 +39,7 @@ class Normalized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         result = self.layer(*args, **kwargs)
-        axis = channel_axis(self.layer, result)
+        axis = channel_axis(self.layer, result.dim())
         if axis == 1:
             return self.batch_norm(result)
         if axis == 0:  # a convolution of one sample without a batch axis
@@ -110,9 +109,10 @@ def _plan_insert(model: nn.Module, seen: Trace, keywords: dict[str, Any]) -> dic
         layer = call.module
         if not is_layer(layer) or layer in left_alone:
             continue
-        if len(call.output_shape) < 2 or call.output_shape[-1 - spatial_dims(layer)] != out_features(layer):
+        shape = call.output.shape if call.output else ()
+        if len(shape) < 2 or shape[-1 - spatial_dims(layer)] != out_features(layer):
             raise UserError(
-                f"insert: the result of layer {names[layer]} has shape {call.output_shape}, which has no axis for "
+                f"insert: the result of layer {names[layer]} has shape {shape}, which has no axis for "
                 f"the batch beside its {out_features(layer)} channels; pass a batch of samples as the example"
             )
         if layer not in plan:
@@ -214,44 +214,15 @@ def _plan_strip(model: nn.Module) -> dict[nn.Module, nn.Module]:
             plan[module] = module.layer
             inside.add(module.batch_norm)
         elif is_norm(module) and module not in inside:
-            plan[module] = _rest_of(module, name)
+            rest = rest_of(module)
+            if rest is None:
+                kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                raise UserError(
+                    f"strip: {name or 'the model'} is a {kind}, which has a forward of its own that may do more than "
+                    "normalize; replace it by a plain BatchNorm first"
+                )
+            plan[module] = rest
     return plan
-
-
-class _Unnormalized(nn.Identity):
-    """What is left of one of our layers without its normalization: `activation(input + residual)`."""
-
-    def __init__(self, activation: str | None, negative_slope: float) -> None:
-        super().__init__()
-        self.activation = activation
-        self.negative_slope = negative_slope
-
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        total = input if residual is None else input + residual
-        return activate(total, self.activation or "", self.negative_slope)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}" if self.activation else ""
-
-
-_TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_OUR_FORWARDS = (BatchNorm1d.forward, BatchNorm2d.forward, BatchNorm3d.forward)
-
-
-def _rest_of(norm: nn.Module, name: str) -> nn.Module:
-    forward = type(norm).forward
-    if forward in _TORCH_FORWARDS:
-        rest: nn.Module = nn.Identity()
-    elif forward in _OUR_FORWARDS:
-        rest = _Unnormalized(norm.activation, norm.negative_slope)  # type: ignore[arg-type]  # nn.Module types attributes as Tensor | Module
-    else:
-        kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
-        raise UserError(
-            f"strip: {name or 'the model'} is a {kind}, which has a forward of its own that may do more than "
-            "normalize; replace it by a plain BatchNorm first"
-        )
-    rest.training = norm.training
-    return rest
 
 
 def _fresh_biases(layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["LAYERS", "channel_axis", "is_layer", "is_norm", "out_features", "spatial_dims"]
@@ -40,7 +40,7 @@ def spatial_dims(layer: nn.Module) -> int:
     return len(layer.kernel_size)  # type: ignore[arg-type]  # as above
 
 
-def channel_axis(layer: nn.Module, output: Tensor) -> int:
-    """The axis of `output` that holds the layer's channels: the last one for a Linear, else before the
-    spatial ones (axis 0 of an input without a batch axis)."""
-    return output.dim() - 1 - spatial_dims(layer)
+def channel_axis(layer: nn.Module, dims: int) -> int:
+    """The axis of the layer's input or result of `dims` dimensions that holds the channels: the last one for a
+    Linear, else the one before the spatial axes (0 where there is no batch axis)."""
+    return dims - 1 - spatial_dims(layer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .kinds import is_layer, is_norm
 from .replace import names_of
 from .untouched import run_example, untouched
 
-__all__ = ["Call", "Trace", "trace"]
+__all__ = ["Call", "Geometry", "Trace", "tensors_in", "trace"]
 
 Key = StorageWeakRef | int
 
@@ -50,20 +51,42 @@ _PASSIVE_OPS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a tensor lies in its storage."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Geometry:
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def same_axis(self, axis: int, other: Geometry, other_axis: int) -> bool:
+        """Whether two views of all of one storage have the same elements along these axes."""
+        size, theirs = self.shape[axis], other.shape[other_axis]
+        strides = size == 1 or self.stride[axis] == other.stride[other_axis]
+        whole = prod(self.shape) == prod(other.shape) and self.offset == other.offset
+        return size == theirs and strides and whole
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a Conv, ConvTranspose, Linear or batch normalization module."""
 
     name: str
     module: nn.Module
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...] = ()
-    source: Call | None = None  # the layer call whose result is the input itself, untouched in between
+    inputs: int  # how many tensors it was given
+    input: Geometry | None
+    output: Geometry | None = None
+    source: Call | None = None  # the call whose result is the input, itself or a view of it, unchanged
     readers: list[str] = field(default_factory=list)  # what reads the result: module names or operator names
     feeds_layer: bool = False
     meets_norm: bool = False  # a batch normalization comes before the next activation or layer
     reaches_output: bool = False
     is_output: bool = False  # the model returns this very result
+    parameters_shared: bool = False  # something outside the layer reads its weight or bias
 
 
 @dataclass(frozen=True)
@@ -122,7 +145,9 @@ class _Recorder(TorchDispatchMode):
         # Weak references keep the storages' addresses from being used again, but not their memory.
         self._marks: dict[Key, dict[Call, bool]] = {}  # the bool: only linear steps since
         self._own: dict[Key, Call] = {}
-        self._from_input = {_key(t) for t in _tensors(example)}
+        self._from_input = {_key(t) for t in tensors_in(example)}
+        layers = [module for module in self._names if is_layer(module)]
+        self._readers_of: dict[Key, set[str]] = {_key(p): set() for m in layers for p in m.parameters(False)}
 
     # --- modules -----------------------------------------------------------------------------------
     def hook(self) -> list[Any]:
@@ -136,8 +161,9 @@ class _Recorder(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = None
         if is_layer(module) or is_norm(module):
-            inputs = _tensors((args, kwargs))
-            call = Call(self._names[module], module, tuple(inputs[0].shape) if inputs else ())
+            inputs = tensors_in((args, kwargs))
+            first = Geometry.of(inputs[0]) if inputs else None
+            call = Call(self._names[module], module, len(inputs), first)
             if inputs:
                 call.source = self._own.get(_key(inputs[0]))
             self.calls.append(call)
@@ -151,10 +177,10 @@ class _Recorder(TorchDispatchMode):
                 break
         if call is None or not isinstance(output, Tensor):
             return
-        call.output_shape = tuple(output.shape)
+        call.output = Geometry.of(output)
+        self._own[_key(output)] = call
         if is_layer(module):
             self._marks[_key(output)] = {call: True}
-            self._own[_key(output)] = call
 
     def _reader(self, op: str) -> str:
         for module, call in reversed(self._stack):
@@ -165,19 +191,23 @@ class _Recorder(TorchDispatchMode):
     # --- operators ---------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        keys = [_key(t) for t in _tensors((args, kwargs))]
+        keys = [_key(t) for t in tensors_in((args, kwargs))]
         output = func(*args, **kwargs)
-        self._note(func, keys, _written(func, args, kwargs), _tensors(output))
+        self._note(func, keys, _written(func, args, kwargs), tensors_in(output))
         return output
 
     def _note(self, func: Any, keys: list[Key], written: list[Tensor], outputs: list[Tensor]) -> None:
         space, _, op = func._schema.name.partition("::")
-        for call in {self._own[key] for key in keys if key in self._own}:
+        changed = {_key(tensor) for tensor in written}
+        views = {_key(tensor) for tensor in outputs} - changed  # what reads a view of it is its reader
+        for call in {self._own[key] for key in keys if key in self._own and key not in views}:
             call.readers.append(self._reader(op))
+        for key in self._readers_of.keys() & keys:
+            self._readers_of[key].add(self._reader(op))
         carried = self._carry(space, op, keys)
         live = any(key in self._from_input for key in keys)
-        for tensor in written:
-            self._own.pop(_key(tensor), None)
+        for key in changed:
+            self._own.pop(key, None)
         for tensor in (*outputs, *written):
             key = _key(tensor)
             self._marks[key] = carried
@@ -212,8 +242,11 @@ class _Recorder(TorchDispatchMode):
                 self.functional_norms.append(name)
 
     def finish(self, output: Any) -> None:
-        """Notes which results are, or reach, what the model returned."""
-        for tensor in _tensors(output):
+        """Notes which results are, or reach, what the model returned, and who else used a layer's parameters."""
+        for call in self.calls:
+            for parameter in call.module.parameters(False) if is_layer(call.module) else ():
+                call.parameters_shared |= bool(self._readers_of[_key(parameter)] - {call.name})
+        for tensor in tensors_in(output):
             key = _key(tensor)
             for call in self._marks.get(key, {}):
                 call.reaches_output = True
@@ -229,23 +262,23 @@ def _matrices(op: str, keys: list[Key]) -> list[Key]:
     return keys[1:3] if op in ("addmm", "addmv", "baddbmm", "addbmm") else keys
 
 
-def _tensors(tree: Any, depth: int = 3) -> list[Tensor]:
+def tensors_in(tree: Any, depth: int = 3) -> list[Tensor]:
     """The tensors in any nest of tuples, lists, mappings and objects that hold them as attributes."""
     found: list[Tensor] = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif isinstance(leaf, Mapping) and depth:
-            found += _tensors(list(leaf.values()), depth - 1)
+            found += tensors_in(list(leaf.values()), depth - 1)
         elif hasattr(leaf, "__dict__") and depth and not isinstance(leaf, (nn.Module, type)):
-            found += _tensors(list(vars(leaf).values()), depth - 1)
+            found += tensors_in(list(vars(leaf).values()), depth - 1)
     return found
 
 
 def _key(tensor: Tensor) -> Key:
     try:
         return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, lazy and other tensors without a storage
         return id(tensor)
 
 
@@ -256,5 +289,5 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        written += _tensors(value)
+        written += tensors_in(value)
     return written

@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..errors import UserError
 from .kinds import is_norm
 
-__all__ = ["call", "run_example", "untouched"]
+__all__ = ["call", "generators_kept", "run_example", "untouched"]
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -30,6 +30,22 @@ def call(model: nn.Module, example: Any) -> Any:
 
 
 @contextmanager
+def generators_kept(model: nn.Module) -> Iterator[None]:
+    """On leaving, the random generators of torch (CPU and the model's GPUs), Python and NumPy are as they were."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """On leaving: buffers, mode flags and the random generators are as they were on entering, whatever ran
     inside and however it ended. Gradients are off inside."""
@@ -37,17 +53,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     flags = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
     values = {id(b): (b, b.detach().clone()) for held in buffers for b in held.values() if b is not None}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random else None
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with generators_kept(model), torch.no_grad():
             yield
     finally:
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
         for module, flag, held in zip(modules, flags, buffers, strict=True):
             module.training = flag
             module._buffers.clear()

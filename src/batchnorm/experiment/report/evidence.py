@@ -126,9 +126,14 @@ class Evidence:
             keep &= np.isclose(rows[name].astype(float), wanted, rtol=1e-6, atol=1e-12)
         return rows[keep]
 
+    def fastest_rate(self, arm: str) -> float | None:
+        """The rate at which the arm's speed is compared."""
+        fastest = self.setting(arm, "fastest_lr")
+        return self.setting(arm, "best_lr") if fastest is None else fastest
+
     def base(self, arm: str) -> pd.DataFrame:
-        """The arm's measuring runs at its own best rate, without weight decay or dropout."""
-        return self.measured(arm, lr=self.setting(arm, "best_lr"), weight_decay=0.0, dropout=0.0)
+        """The arm's measuring runs at its own fastest rate, without weight decay or dropout."""
+        return self.measured(arm, lr=self.fastest_rate(arm), weight_decay=0.0, dropout=0.0)
 
     def chosen(self, arm: str) -> pd.DataFrame:
         names = ("lr", "weight_decay", "dropout")

@@ -62,7 +62,7 @@ def step_axis(steps: Sequence[int]) -> Plotly:
 
 
 def accuracy(evidence: Evidence) -> Figure | None:
-    """Validation accuracy against steps, each arm at its own best rate: median of the seeds, band over all of them."""
+    """Validation accuracy against steps, each arm at its fastest rate: median of the seeds, band over all."""
     curves = [curve for arm in evidence.arms if (curve := evidence.curve(arm))]
     if not curves:
         return None

@@ -1,0 +1,26 @@
+"""How fast the layers are on this machine: `batchnorm bench`, and the pieces that benchmarks/ uses."""
+
+from .layers import CASES, DTYPES, LAYOUTS, Problem, check_values, evaluation, measure, parse_shapes
+from .model import model_step
+from .run import bench, bench_model, show, show_model
+from .timing import Timing, geometric_mean, interleaved, machine
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "LAYOUTS",
+    "Problem",
+    "Timing",
+    "bench",
+    "bench_model",
+    "check_values",
+    "evaluation",
+    "geometric_mean",
+    "interleaved",
+    "machine",
+    "measure",
+    "model_step",
+    "parse_shapes",
+    "show",
+    "show_model",
+]

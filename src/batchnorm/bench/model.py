@@ -1,0 +1,95 @@
+"""A whole training step of a user's network: with torch's batch normalization and with ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .timing import interleaved
+
+
+def model_step(model: nn.Module, example: Any, seconds: float, layout: str = "contiguous") -> dict[str, Any]:
+    """Forward, backward and SGD step of `model` and of its converted copy, interleaved.
+
+    Both start from the same parameters; the losses of the first step are compared before anything is timed.
+
+    Args:
+        model: a network with torch's batch normalization.
+        example: what it is called with: a tensor, a tuple or a dict.
+        seconds: how long to measure.
+        layout: "channels_last" brings parameters and 4-D inputs to that memory format.
+
+    Raises:
+        UserError: the network does not run on the example, or has no batch normalization.
+    """
+    from ..surgery import convert
+
+    if layout == "channels_last":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        example = map_tensors(example, lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    ours = convert(copy.deepcopy(model))
+    layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
+    if not layers:
+        raise UserError("the network has no batch normalization, --model, give one that has, or compare layers instead")
+    steps = {"ours": _step(ours.train(), example), "torch": _step(model.train(), example)}
+    losses = {name: step() for name, step in steps.items()}
+    if abs(losses["ours"] - losses["torch"]) > 1e-3 * max(1.0, abs(losses["torch"])):
+        raise AssertionError(f"the first losses differ: {losses}")
+    times = interleaved(steps, seconds)
+    return {
+        "layers": layers,
+        "layout": layout,
+        "seconds": {name: vars(timing) for name, timing in times.items()},
+        "speedup": times["torch"].p50 / times["ours"].p50,
+    }
+
+
+def _step(model: nn.Module, example: Any) -> Callable[[], float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    direction: list[Tensor] = []
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            out = _first_tensor(_call(model, example))
+        except Exception as error:
+            raise UserError(
+                f"the network raises on its example ({str(error).splitlines()[0]}), --model, correct its shape"
+            ) from error
+        if not direction:
+            # a random direction rather than .sum(), which batch normalization's gradient does not see
+            generator = torch.Generator().manual_seed(0)
+            direction.append(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
+        loss = (out * direction[0]).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def map_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor of an example input (a tensor, a tuple, a dict, nested) changed."""
+    if isinstance(example, Tensor):
+        return change(example)
+    if isinstance(example, dict):
+        return {key: map_tensors(value, change) for key, value in example.items()}
+    return tuple(map_tensors(value, change) for value in example) if isinstance(example, tuple) else example
+
+
+def _first_tensor(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    values = result.values() if isinstance(result, dict) else result
+    return next(_first_tensor(value) for value in values if isinstance(value, (Tensor, tuple, list, dict)))

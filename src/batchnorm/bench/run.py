@@ -1,0 +1,154 @@
+"""The whole of `batchnorm bench`: what to time, the rows, the means, the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UserError
+from .layers import CASES, DTYPES, LAYOUTS, SHAPES, Problem, measure, parse_choice, parse_shapes
+from .model import map_tensors, model_step
+from .timing import geometric_mean, machine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def bench(
+    shapes: str = SHAPES,
+    dtypes: str = "float32",
+    layouts: str = ",".join(LAYOUTS),
+    cases: str = "bn+relu",
+    device: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 1.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Time the layers on this machine; lists are comma-separated, as on the command line.
+
+    Returns:
+        {"machine", "rows", "means"}: a row a shape, dtype, layout and case (see `measure`), and the geometric means of
+        their speedups by case and dtype.
+
+    Raises:
+        UserError: an unknown word, a shape that is none, a device that is not there.
+    """
+    _prepare(device, threads, seconds)
+    problems = [
+        Problem(shape, dtype, layout, case)
+        for shape, dtype, layout, case in product(
+            parse_shapes(shapes),
+            parse_choice(dtypes, DTYPES, "--dtypes"),
+            parse_choice(layouts, LAYOUTS, "--layouts"),
+            parse_choice(cases, CASES, "--cases"),
+        )
+        if layout == "contiguous" or len(shape) > 2  # (N, C) has one layout
+    ]
+    rows = []
+    for problem in problems:
+        progress(problem.label)
+        rows.append(measure(problem, device, seconds))
+    return {"machine": machine(device), "rows": rows, "means": _means(rows)}
+
+
+def _prepare(device: str, threads: int | None, seconds: float) -> None:
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}, --device, choose from cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible to torch, --device cuda, run on a GPU machine or take --device cpu")
+    if not seconds > 0:
+        raise UserError(f"{seconds:g} seconds a row, --seconds, give a positive number")
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"{threads} threads, --threads, give at least 1")
+        torch.set_num_threads(threads)
+
+
+def bench_model(
+    model: str, layouts: str, device: str = "cpu", threads: int | None = None, seconds: float = 1.0
+) -> dict[str, Any]:
+    """A user's whole training step by layout: `model` names a factory, `() -> (model, example)`.
+
+    Raises:
+        UserError: a factory that cannot be imported or returns something else; a network that does not run.
+    """
+    from ..experiment.networks import find_factory
+
+    layouts_chosen = parse_choice(layouts, LAYOUTS, "--layouts")
+    _prepare(device, threads, seconds)
+    rows = []
+    for layout in layouts_chosen:
+        try:
+            made = find_factory(model)()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the factory raises ({str(error).splitlines()[0]}), --model {model}, correct it"
+            ) from error
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
+            raise UserError(
+                f"the factory returns {type(made).__name__}, --model {model}, return (model, example input)"
+            )
+        network, example = made
+        rows.append(model_step(network.to(device), _to(example, device), seconds, layout))
+    return {"machine": machine(device), "model": model, "rows": rows}
+
+
+def _to(example: Any, device: str) -> Any:
+    return map_tensors(example, lambda tensor: tensor.to(device))
+
+
+def show_model(result: dict[str, Any]) -> Table:
+    """The training step by layout, as a table for the terminal."""
+    from rich.table import Table
+
+    facts = result["machine"]
+    title = f"training step of {result['model']} · torch {facts['torch']} · {facts['threads']} threads"
+    table = Table(title=f"{title} · {facts['allocator']}", title_justify="left")
+    for heading in ("layout", "BN layers", "torch ms", "ours ms", "speedup"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        times = row["seconds"]
+        table.add_row(
+            row["layout"], str(row["layers"]), f"{times['torch']['p50'] * 1e3:.1f}",
+            f"{times['ours']['p50'] * 1e3:.1f}", f"{row['speedup']:.2f}×",
+        )  # fmt: skip
+    return table
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['case']} {row['dtype']}", []).append(row["both"]["speedup"])
+    return {name: geometric_mean(values) for name, values in groups.items()}
+
+
+def show(result: dict[str, Any]) -> Table:
+    """The rows as a table for the terminal."""
+    from rich.table import Table
+
+    facts = result["machine"]
+    title = f"batchnorm {facts['batchnorm']} against torch {facts['torch']} · {facts['processor']} · "
+    title += f"{facts['threads']} threads · {facts['allocator']}"
+    caption = "fwd, fwd+bwd: torch's time over ours (in place: torch with in-place add and ReLU); copies: ours over a "
+    caption += "copy of the tensor; least: copies that the memory traffic allows; mean: geometric"
+    table = Table(title=title, caption=caption, title_justify="left")
+    for heading in ("shape", "dtype", "layout", "case"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("fwd", "fwd+bwd", "in place", "copies", "least"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        both = row["both"]
+        table.add_row(
+            "x".join(map(str, row["shape"])), row["dtype"], row["layout"], row["case"],
+            f"{row['forward']['speedup']:.2f}×", f"{both['speedup']:.2f}×",
+            f"{both['speedup_in_place']:.2f}×" if "speedup_in_place" in both else "",
+            f"{both['copies']:.1f}", f"{row['least_copies']:.1f}",
+        )  # fmt: skip
+    for name, mean in result["means"].items():
+        table.add_row("mean", "", "", name, "", f"{mean:.2f}×", "", "", "", style="bold")
+    return table

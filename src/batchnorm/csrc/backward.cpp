@@ -1,0 +1,88 @@
+// backward_reduce, backward_elemt, and the two fused.
+#include "merge.h"
+#include "schedule.h"
+
+namespace bn {
+namespace {
+
+class Backward : public JobBase {
+ public:
+  explicit Backward(const Problem& p) : JobBase(p, (p.out != nullptr) + (p.grad_residual != nullptr)) {}
+
+  void reduce(std::int64_t item, std::int64_t chunk, double* partial) const {
+    Slab s = slab(item, chunk);
+    const Leaf& leaf = coefficients_.use(item, s);
+    const Variant v = reduction();
+    for (std::int64_t k = 0; k < 2 * width_; ++k) partial[k] = 0;
+    (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[v](s, partial, partial + width_);
+  }
+
+  void finish(std::int64_t item, double* partials) {
+    merge_sums(partials, chunks(item), width_);
+    double *dy = row(p_.sum_dy, item), *dy_xmu = row(p_.sum_dy_xmu, item);
+    const bool any = chunks(item) > 0;
+    for (std::int64_t k = 0; k < channels(item); ++k) {
+      dy[k] = any ? partials[k] : 0;
+      dy_xmu[k] = any ? partials[width_ + k] - coefficients_.center_residue(item, k) * partials[k] : 0;
+    }
+    set_through(item);
+  }
+
+  void set_through(std::int64_t item) {
+    if (p_.count) coefficients_.set_through(item, slice(item), channel(item), p_.count[slice(item)]);
+  }
+  void set_through(const Pool& pool) {
+    parallel(pool, items(), items() * width_ < 4096, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) set_through(i);
+    });
+  }
+
+  void map(std::int64_t item, std::int64_t chunk) const {
+    Slab s = slab(item, chunk);
+    const Leaf& leaf = coefficients_.use(item, s);
+    (p_.channels_last ? leaf.elemt_grid : leaf.elemt_line)[elementwise()](s);
+  }
+
+ private:
+  Variant reduction() const {
+    if (p_.mask) return any_masked;
+    if (p_.act == Act::none) return plain;  // neither activation nor residual reaches dz
+    if (p_.act == Act::relu) return p_.residual ? relu_residual : relu;
+    return any;
+  }
+
+  Variant elementwise() const {
+    if (p_.mask) return any_masked;
+    if (!p_.out) return any;
+    if (p_.act == Act::none && !p_.grad_residual) return plain;
+    if (p_.act == Act::relu && !p_.residual && !p_.grad_residual) return relu;
+    if (p_.act == Act::relu && p_.residual && p_.grad_residual) return relu_residual;
+    return any;
+  }
+};
+
+}  // namespace
+
+void backward_reduce(const Problem& p, const Pool& pool) {
+  Problem sums_only = p;
+  sums_only.out = sums_only.grad_residual = nullptr;
+  sums_only.count = nullptr;
+  Backward job(sums_only);
+  job.set_affine(pool);
+  run(job, pool, {true, false});
+}
+
+void backward_elemt(const Problem& p, const Pool& pool) {
+  Backward job(p);
+  job.set_affine(pool);
+  job.set_through(pool);
+  run(job, pool, {false, true});
+}
+
+void backward(const Problem& p, const Pool& pool) {
+  Backward job(p);
+  job.set_affine(pool);
+  run(job, pool, {true, p.out || p.grad_residual});
+}
+
+}  // namespace bn

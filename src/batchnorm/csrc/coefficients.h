@@ -1,0 +1,38 @@
+// Per-channel coefficients of the loops, computed in float64 and handed over in the type that the loops compute in.
+#pragma once
+
+#include <vector>
+
+#include "problem.h"
+
+namespace bn {
+
+class Coefficients {
+ public:
+  // `items` sets of up to `width` channels.
+  Coefficients(const Problem& p, std::int64_t items, std::int64_t width);
+
+  // center, scale, shift from the item's mean and variance. `channel` is its first.
+  void set_affine(std::int64_t item, std::int64_t slice, std::int64_t channel);
+  // slope and offset from the sums; count 0: frozen statistics.
+  void set_through(std::int64_t item, std::int64_t slice, std::int64_t channel, double count);
+
+  double center_residue(std::int64_t item, std::int64_t k) const;  // mean - center
+  // Points the slab at the item's coefficients and returns the loops that fit their size.
+  const Leaf& use(std::int64_t item, Slab& slab) const;
+
+ private:
+  void encode(std::int64_t item);
+  std::int64_t channels(std::int64_t first) const { return p_.c - first < width_ ? p_.c - first : width_; }
+  double* values(std::int64_t item) { return values_.data() + item * kCoefs * width_; }
+  const double* values(std::int64_t item) const { return values_.data() + item * kCoefs * width_; }
+
+  const Problem& p_;
+  std::int64_t width_;
+  std::vector<double> values_;
+  std::vector<double> residue_;
+  std::vector<float> narrow_;
+  std::vector<char> wide_;
+};
+
+}  // namespace bn

@@ -1,0 +1,25 @@
+// AVX-512: the same loops on 64-byte vectors. Empty on other processors.
+#include "isa/std.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+#define BN_ISA avx512
+#define BN_VECTOR_BYTES 64
+#include "isa/all.h"
+
+namespace bn {
+const Kernels& kernels_avx512() {
+  static const Kernels table = avx512::make("avx512");
+  return table;
+}
+}  // namespace bn
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

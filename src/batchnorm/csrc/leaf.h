@@ -1,0 +1,76 @@
+// What the instruction-set specific code offers to the rest: the innermost loops, as tables of function pointers.
+// Nothing here knows of torch or of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace bn {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+constexpr int kDtypes = 4;
+
+enum class Act : int { none, relu, relu6, leaky_relu, silu, hardswish, sigmoid, tanh };
+
+// Loops are compiled for the forms that networks are made of; `any` looks at the activation and the residual at run
+// time, once a vector, and `any_masked` does so under a padding mask.
+enum Variant : int { plain, relu, relu_residual, any, any_masked };
+constexpr int kVariants = 5;
+
+// Order of the per-channel coefficients, `width` values each, in the type that the loop computes in.
+//   z  = (x - center) * scale + shift          center + what shift absorbs is the mean, kept beyond float32
+//   dx = (dz - ((x - center) * slope + offset)) * scale
+enum Coef : int { center, scale, shift, slope, offset };
+constexpr int kCoefs = 5;
+
+constexpr int kMostChannels = 32;  // of a slab of lines
+
+// A piece of a tensor. "Lines" are `runs` samples, `stride` apart, each with `channels` adjacent channels of `length`
+// values (short ones go together, so that memory is read in longer stretches than one channel's). A "grid" is `runs`
+// rows of `length` values, one column a channel, rows adjacent.
+struct Slab {
+  const void* x = nullptr;
+  const void* grad = nullptr;      // grad_output
+  const void* residual = nullptr;
+  const std::uint8_t* mask = nullptr;  // line: a byte a value; grid: a byte a row
+  void* out = nullptr;             // result of apply; grad_input of elemt (may be null there)
+  void* grad_residual = nullptr;   // may be null
+  std::int64_t runs = 0, length = 0, stride = 0, mask_stride = 0;
+  std::int64_t channels = 1, channel_stride = 0;  // lines
+  const void* coef = nullptr;
+  std::int64_t coef_width = 1;     // from one coefficient's values to the next one's
+  double negative_slope = 0;
+  Act act = Act::none;
+  bool stream = false;             // write past the caches
+};
+
+struct Leaf {
+  // n values as float64, and back, rounded once
+  void (*widen)(const void* x, std::int64_t n, double* out);
+  void (*narrow)(const double* x, std::int64_t n, void* out);
+  // for each channel Σ(x - shift) and Σ(x - shift)² over the real positions, in float64, added to sum and square
+  void (*moments_line)(const Slab&, const double* shift, double* sum, double* square);
+  void (*moments_grid)(const Slab&, const double* shift, double* sum, double* square);
+  void (*apply_line[kVariants])(const Slab&);
+  void (*apply_grid[kVariants])(const Slab&);
+  // for each channel Σ dz and Σ dz·(x - center), added
+  void (*reduce_line[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
+  void (*reduce_grid[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
+  void (*elemt_line[kVariants])(const Slab&);
+  void (*elemt_grid[kVariants])(const Slab&);
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  Leaf leaf[kDtypes];
+  Leaf wide[kDtypes];  // float64 arithmetic on the same data, for magnitudes that float32 coefficients cannot hold
+};
+
+const Kernels& kernels_default();
+const Kernels& kernels_avx2();    // x86-64 only
+const Kernels& kernels_avx512();  // x86-64 only
+
+// The widest set that this processor has and BATCHNORM_CPU_CAPABILITY (default | avx2 | avx512) allows.
+const Kernels& kernels();
+
+}  // namespace bn

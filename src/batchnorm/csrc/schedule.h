@@ -1,0 +1,122 @@
+// Who does what when: a job's items and chunks over the threads.
+#pragma once
+
+#include <vector>
+
+#include "coefficients.h"
+#include "partition.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bn {
+
+// A job has: items(), chunks(item), most_chunks(), partial_size() and work() (values touched);
+//   reduce(item, chunk, partial)  one chunk's sums
+//   finish(item, partials)        all chunks' sums put together; what follows from them
+//   map(item, chunk)              one chunk's output
+struct Steps {
+  bool reduce, map;
+};
+
+// Below this many values a second thread costs more than it brings.
+constexpr std::int64_t kLeastWork = 32768;
+
+template <class F> void parallel(const Pool& pool, std::int64_t count, bool alone, const F& f) {
+  if (alone || pool.threads < 2 || count < 2) return f(0, count);
+  pool.run(
+      count, [](std::int64_t begin, std::int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+inline void drain_stores() {  // streaming stores are ordered by no lock
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// An item at a time: between its two passes its data are still in cache.
+template <class Job> void run_items(Job& job, const Pool& pool, Steps steps, bool alone) {
+  parallel(pool, job.items(), alone, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<double> partials(static_cast<std::size_t>(job.most_chunks() * job.partial_size()));
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t chunks = job.chunks(item);
+      for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, partials.data() + c * job.partial_size());
+      job.finish(item, partials.data());
+      // backwards: what was read last is the likeliest to be in cache
+      for (std::int64_t c = chunks; steps.map && c-- > 0;) job.map(item, c);
+    }
+    drain_stores();
+  });
+}
+
+// A pass at a time: for fewer items than would keep the threads evenly busy.
+template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bool alone) {
+  const std::int64_t most = job.most_chunks(), units = job.items() * most, size = job.partial_size();
+  if (steps.reduce) {
+    std::vector<double> partials(static_cast<std::size_t>(units * size));
+    parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t u = begin; u < end; ++u)
+        if (u % most < job.chunks(u / most)) job.reduce(u / most, u % most, partials.data() + u * size);
+    });
+    parallel(pool, job.items(), alone, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.data() + item * most * size);
+    });
+  }
+  if (!steps.map) return;
+  parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t u = end; u-- > begin;)
+      if (u % most < job.chunks(u / most)) job.map(u / most, u % most);
+    drain_stores();
+  });
+}
+
+template <class Job> void run(Job& job, const Pool& pool, Steps steps) {
+  const bool alone = job.work() < kLeastWork;
+  if (steps.reduce && (alone || job.items() >= 4 * pool.threads)) run_items(job, pool, steps, alone);
+  else run_passes(job, pool, steps, alone);
+}
+
+// What both directions share: items, their slices and channels, and the way to their slabs.
+class JobBase {
+ public:
+  JobBase(const Problem& p, std::int64_t outputs)
+      : p_(p), parts_(p), width_(parts_.width()),
+        coefficients_(p, items(), width_), stream_(stream_pays(p, outputs)) {}
+
+  std::int64_t items() const { return p_.rows() * parts_.items_a_slice(); }
+  std::int64_t slice(std::int64_t item) const { return item / parts_.items_a_slice(); }
+  std::int64_t channel(std::int64_t item) const { return item % parts_.items_a_slice() * width_; }
+  std::int64_t channels(std::int64_t item) const { return std::min(width_, p_.c - channel(item)); }
+  std::int64_t chunks(std::int64_t item) const { return parts_.chunks(slice(item)); }
+  std::int64_t most_chunks() const { return parts_.most_chunks(); }
+  std::int64_t partial_size() const { return 2 * width_; }
+  std::int64_t work() const { return p_.n * p_.c * p_.s; }
+
+  // Coefficients that need no reduction first.
+  void set_affine(const Pool& pool) {
+    parallel(pool, items(), items() * width_ < 4096, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) coefficients_.set_affine(i, slice(i), channel(i));
+    });
+  }
+
+ protected:
+  Slab slab(std::int64_t item, std::int64_t chunk) const {
+    Slab s = parts_.slab(slice(item), chunk, channel(item));
+    s.stream = stream_;
+    return s;
+  }
+  double* row(double* rows, std::int64_t item) const { return rows + slice(item) * p_.c + channel(item); }
+
+  // Outputs that no cache can hold until someone reads them are written around it: no read for ownership.
+  static bool stream_pays(const Problem& p, std::int64_t outputs);
+
+  const Problem& p_;
+  Partition parts_;
+  std::int64_t width_;
+  Coefficients coefficients_;
+  bool stream_;
+};
+
+}  // namespace bn

@@ -1,0 +1,78 @@
+// The little of torch's stable ABI that the registration needs: owned handles, and the arguments of a boxed call.
+// torch::stable::Tensor would do, at a shared_ptr a tensor; and its std::string argument is leaked at every call
+// (torch 2.10 to 2.13), which an operator with an `activation` cannot afford.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "problem.h"
+
+namespace bn {
+
+inline void check(AOTITorchError code, const char* what) { STD_TORCH_CHECK(code == 0, "batchnorm: ", what, " failed"); }
+
+// A tensor that this call owns, or nothing.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  AtenTensorHandle get() const { return handle_; }
+  StableIValue release() { return torch::stable::detail::from(std::exchange(handle_, nullptr)); }
+
+  std::int64_t dim() const;
+  const std::int64_t* sizes() const;
+  const std::int64_t* strides() const;
+  std::int64_t numel() const;
+  std::int32_t dtype() const;
+  void* data() const;
+  bool same_sizes(const Tensor& other) const;
+  bool contiguous() const;          // strides of size-1 axes do not matter
+  bool channels_innermost() const;  // (N, *, C) in memory
+  std::string shape() const;        // for messages
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+Tensor empty(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& strides, std::int32_t dtype);
+Tensor empty(const std::vector<std::int64_t>& sizes, std::int32_t dtype);  // contiguous
+Tensor empty_like(const Tensor& like);                                     // same sizes, strides and dtype
+Tensor dense_like(const Tensor& from, bool channels_last);                 // same sizes and dtype, one of our layouts
+void copy(const Tensor& to, const Tensor& from);
+
+bool floating(std::int32_t dtype, Dtype* out);
+
+// The arguments of a boxed call, in order. They are all taken over when this is built: a later refusal leaks nothing.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  Tensor tensor() { return Tensor(torch::stable::detail::to<AtenTensorHandle>(*next_++)); }
+  Tensor optional_tensor();
+  double number() { return torch::stable::detail::to<double>(*next_++); }
+  bool optional_number(double* value);
+  std::int64_t integer() { return torch::stable::detail::to<std::int64_t>(*next_++); }
+  bool flag() { return torch::stable::detail::to<bool>(*next_++); }
+  std::string text();
+  std::vector<bool> flags();
+
+ private:
+  StableIValue* next_;
+};
+
+}  // namespace bn

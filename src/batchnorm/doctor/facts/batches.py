@@ -1,0 +1,160 @@
+"""Batches of any form, brought to what the model is called with and what it should answer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ...errors import UserError, quote_error
+from .record import tensors_in
+
+__all__ = ["Batch", "as_batch", "collect"]
+
+# 10³–10⁴ samples are near-optimal for population statistics (arXiv 2105.07576); an endless generator must end.
+ENOUGH_SAMPLES, ENOUGH_BATCHES, MOST_BATCHES = 10_000, 32, 1_000
+_INPUT_NAMES = ("input", "inputs", "x", "image", "images", "data", "features", "pixel_values")
+
+
+@dataclass
+class Batch:
+    """`raw` is the user's own; `args` and `kwargs` are what the model is called with."""
+
+    raw: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    size: int
+
+    def call(self, model: nn.Module) -> Any:
+        """Calls the model on a copy: a forward that works in place must not change the user's data."""
+        return model(*copied(self.args), **copied(self.kwargs))
+
+    def shapes(self) -> str:
+        found = [str(tuple(t.shape)) for t in tensors_in((self.args, self.kwargs))]
+        return ", ".join(found) or "no tensor"
+
+
+def copied(tree: Any) -> Any:
+    """Returns the tree with every tensor cloned and detached."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def collect(batches: Any, model: nn.Module) -> list[Batch]:
+    """Reads the batches once: all of them, or the first ones that are enough for population statistics.
+
+    Raises:
+        UserError: no iterable of batches, none in it, fewer than it promises, or an iterable that raises.
+    """
+    if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise UserError(
+            f"batches is a {type(batches).__name__} and no iterable of batches, diagnose(model, batches), "
+            "pass a list, a generator or a DataLoader: [batch] for a single one"
+        )
+    promised = _promised(batches)
+    found: list[Batch] = []
+    samples = 0
+    try:
+        for raw in batches:
+            found.append(as_batch(raw, model, len(found)))
+            samples += found[-1].size
+            if len(found) >= MOST_BATCHES or (samples >= ENOUGH_SAMPLES and len(found) >= ENOUGH_BATCHES):
+                return found
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"reading the batches raises ({quote_error(error)}), after batch {len(found)}, correct what yields them"
+        ) from error
+    if not found:
+        raise UserError("no batch in batches, diagnose(model, batches), pass a fresh iterable: is the generator spent?")
+    if promised is not None and len(found) < promised:
+        raise UserError(
+            f"the batches end after {len(found)} of the {promised} that len() promises, diagnose(model, batches), "
+            "correct what yields them"
+        )
+    return found
+
+
+def _promised(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True) -> Batch:
+    """Splits a batch into the model's arguments and the target, by the forward's signature.
+
+    Raises:
+        UserError: it is, or holds, no tensor at all.
+    """
+    if not tensors_in(raw):
+        kind = f"a {type(raw).__name__} without tensors"
+        raise UserError(
+            f"batch {number} is {kind}, batches, pass a tensor, a tuple (input, target) or a dict of tensors each"
+        )
+    if isinstance(raw, Mapping):
+        args, kwargs, wanted = _from_mapping(raw, model)
+    elif isinstance(raw, (tuple, list)):
+        args, kwargs, wanted = _from_tuple(tuple(raw), model, target)
+    else:
+        args, kwargs, wanted = (raw,), {}, None
+    first = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
+    return Batch(raw, args, kwargs, wanted, first.size(0) if first is not None else 1)
+
+
+def _from_tuple(raw: tuple[Any, ...], model: nn.Module, target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    required, _ = _parameters(model)
+    taken = len(raw) if not target else max(1, min(len(required), len(raw)))
+    inputs, rest = raw[:taken], raw[taken:]
+    wanted = rest[0] if len(rest) == 1 else (rest or None)
+    if len(inputs) == 1 and len(required) != 1 and isinstance(inputs[0], (tuple, list)):
+        return tuple(inputs[0]), {}, wanted
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        args, kwargs, inner = _from_mapping(inputs[0], model)
+        return args, kwargs, wanted if wanted is not None else inner
+    return inputs, {}, wanted
+
+
+def _from_mapping(raw: Mapping[str, Any], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    required, optional = _parameters(model)
+    names = [str(key) for key in raw]
+    target = next((raw[n] for n in ("labels", "label", "targets", "target", "y") if n in names), None)
+    if optional is None or set(names) <= {*required, *optional}:
+        known = names
+    else:
+        known = [n for n in names if n in required or n in optional]
+    if set(required) <= set(known) and known:
+        return (), {n: raw[n] for n in known}, target
+    if len(required) == 1:
+        given = [n for n in _INPUT_NAMES if n in names]
+        # One input under another name than the forward's, or a forward that takes the mapping itself.
+        return ((raw[given[0]],), {}, target) if given else ((raw,), {}, target)
+    return (), dict(raw), target
+
+
+def _parameters(model: nn.Module) -> tuple[list[str], list[str] | None]:
+    """Returns the forward's required and optional parameters; None for the latter where it takes any keyword."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return [], None
+    if isinstance(model, torch.optim.swa_utils.AveragedModel):
+        return _parameters(model.module)
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in plain and p.default is p.empty]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return required, None
+    return required, [p.name for p in parameters if p.default is not p.empty]
+
+
+def float_tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -1,0 +1,266 @@
+"""The instrument: a forward pass in which every batch normalization is seen, and normalizes as it is told to.
+
+Layers and functional calls both end in ``batch_norm(input, …)``, which a `TorchFunctionMode` meets before torch
+does. It takes the moments, and calls on with *fixed* statistics: those of the batch, the running ones, or others.
+So no buffer moves, a single value a channel does not raise, and nothing has to be attached to the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as _hooks
+from torch.overrides import TorchFunctionMode
+
+from ... import functional as ours
+from .layers import Layer, is_batch_norm, model_trains, names_of_tensors
+from .moments import Measured, mask_over, moments
+from .record import Recorder
+
+__all__ = ["Observer", "WrongAxis", "wrong_axis"]
+
+_TORCH_ORDER = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn")
+_SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), ours.batch_norm: inspect.signature(ours.batch_norm)}
+_DROPOUT = inspect.signature(F.dropout)
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+
+Moments = dict[int, tuple[Tensor, Tensor]]  # by id of the layer: mean and unbiased variance
+
+
+class WrongAxis(Exception):
+    """A batch normalization was given its features on another axis than 1."""
+
+    def __init__(self, layer: Layer, shape: tuple[int, ...]) -> None:
+        super().__init__(layer.name)
+        self.layer, self.shape = layer, shape
+
+
+def wrong_axis(layer: Layer, shape: tuple[int, ...]) -> bool:
+    """(N, L, C) given to a layer of C features, or the like of more axes: axis 1 does not fit."""
+    if len(shape) < 3 or not layer.num_features or shape[1] == layer.num_features:
+        return False
+    return len(shape) == 3 or layer.num_features in shape[2:]
+
+
+class Observer(TorchFunctionMode):
+    """Active during one forward after another; what it saw is in `measured`, by the layer's id.
+
+    `statistics`: "batch", "running" or a dict of fixed moments; frozen layers keep their running ones throughout.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        self.measured: dict[int, Measured] = {}
+        self.statistics: str | Moments = "batch"
+        self.dropout = False
+        self.measuring = True
+        self.compared = False  # this batch is also run with dropout on
+        self.mask: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.forwards = 0
+        self._model = model
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._tensor_names = names_of_tensors(model)
+        self._trains = model_trains(model)
+        self._flags = {id(m): m.training for m in model.modules()}
+        self._stack: list[nn.Module] = []
+        self._by_module = {id(layer.module): layer for layer in layers if layer.module is not None}
+        self._by_tensor = {
+            id(t): layer for layer in layers for t in (layer.running_mean, layer.weight) if t is not None
+        }
+        self._functional: dict[tuple[str, int], Layer] = {}
+        self._ordinals: Counter[str] = Counter()
+        self._calls: Counter[int] = Counter()
+        self._before_call = 0
+
+    # --- one forward -------------------------------------------------------------------------------------
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Runs one forward of the model under observation."""
+        self._stack.clear()
+        self._ordinals.clear()
+        self._calls.clear()
+        self.forwards += 1
+        # Hooks on all modules, because the model's own hook tables are not ours to write to.
+        handles = [
+            _hooks.register_module_forward_pre_hook(self._enter),
+            _hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with self:
+                output = call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for key, calls in self._calls.items():
+            self.measured[key].calls = max(self.measured[key].calls, calls)
+        if self.recorder is not None:
+            self.recorder.finish(output)
+        return output
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._names:
+            self._stack.append(module)
+            layer = self._by_module.get(id(module))
+            if layer is not None and args and isinstance(args[0], Tensor):
+                self._before_call = self._calls[id(layer)]
+                if getattr(module, "feature_axis", 1) == 1:
+                    self._check_axis(layer, args[0])  # before the module's own check of dimensions
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._stack or self._stack[-1] is not module:
+            return
+        self._stack.pop()
+        layer = self._by_module.get(id(module))
+        if layer is None or not is_batch_norm(module) or not args or not isinstance(args[0], Tensor):
+            return
+        if self._calls[id(layer)] == self._before_call:  # it normalises by an operator of its own: only measured
+            input = _second_axis(args[0], getattr(module, "feature_axis", 1))
+            if input.dim() > 1:
+                self._calls[id(layer)] += 1
+                seen = self.measured.setdefault(id(layer), Measured())
+                self._measure(seen, input, *moments(input), None)
+
+    # --- one operation -----------------------------------------------------------------------------------
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SIGNATURES or func is torch.batch_norm:
+            return self._batch_norm(func, args, kwargs)
+        if func in _DROPOUTS:
+            return self._dropout(func, args, kwargs)
+        output = func(*args, **kwargs)
+        if self.recorder is not None:
+            self.recorder.note(func, args, kwargs, output, self._scope(), self._stack[-1] if self._stack else None)
+        return output
+
+    def _scope(self) -> str:
+        return self._names[id(self._stack[-1])] if self._stack else ""
+
+    def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
+        bound = dict(_DROPOUT.bind(*args, **kwargs).arguments)
+        p = float(bound.get("p", 0.5))
+        output = func(**{**bound, "training": self.dropout and p > 0, "inplace": False})
+        if self.recorder is not None:
+            self.recorder.note_dropout(bound["input"], output, p, self._scope() or func.__name__)
+        return output
+
+    def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
+        call = _arguments(func, args, kwargs)
+        layer = self._layer(call)
+        input = _second_axis(call["input"], call.get("feature_axis", 1))
+        self._calls[id(layer)] += 1
+        seen = self.measured.setdefault(id(layer), Measured())
+        self._check_axis(layer, input)
+        if input.dim() < 2 or layer.num_features != input.size(1):
+            return func(*args, **kwargs)  # torch says what is wrong
+        mask = mask_over(call.get("mask"), input)
+        mean, var, count = moments(input, mask)
+        self._measure(seen, input, mean, var, count, call.get("mask"))
+        output = _with_fixed(func, call, self._choose(layer, call, mean, var))
+        if self.measuring:
+            seen.note_range(input)
+            seen.note_range(output)
+        if self.recorder is not None:
+            self.recorder.note_batch_norm(call["input"], output, layer, call.get("feature_axis", 1))
+        return output
+
+    def _check_axis(self, layer: Layer, input: Tensor) -> None:
+        if wrong_axis(layer, tuple(input.shape)):
+            raise WrongAxis(layer, tuple(input.shape))
+
+    def _measure(
+        self, seen: Measured, input: Tensor, mean: Tensor, var: Tensor, count: int, own_mask: Tensor | None
+    ) -> None:
+        if self.dropout:
+            seen.dropped.add(mean, var, count)
+        if not self.measuring:
+            return
+        seen.add(input, mean, var, count)
+        if self.compared:
+            seen.kept.add(mean, var, count)
+        if own_mask is not None:
+            seen.masked_calls += 1
+        elif self.mask is not None:
+            real = mask_over(self.mask, input)
+            if real is None:
+                seen.misfits += int(input.size(0) != int(self.mask.sum()))  # else the padding was taken out before
+            else:
+                seen.real.add(*moments(input, real))
+                seen.every.add(mean, var, count)
+
+    def _choose(self, layer: Layer, call: dict[str, Any], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        running = (call.get("running_mean"), call.get("running_var"))
+        if running[0] is None or running[1] is None:
+            return mean, var
+        if layer.frozen or self.statistics == "running":
+            return (mean, var) if call.get("training", False) else (running[0], running[1])
+        if isinstance(self.statistics, dict):
+            return self.statistics.get(id(layer), (running[0], running[1]))
+        return mean, var
+
+    # --- which layer -------------------------------------------------------------------------------------
+    def _layer(self, call: dict[str, Any]) -> Layer:
+        """The layer behind a call: by the module around it, by its tensors, or a functional one of its own."""
+        if self._stack and is_batch_norm(self._stack[-1]):
+            return self._by_module[id(self._stack[-1])]
+        known = call.get("running_mean") if call.get("running_mean") is not None else call.get("weight")
+        if id(known) in self._by_tensor:
+            return self._by_tensor[id(known)]
+        scope = self._scope()
+        place = (scope, self._ordinals[scope])
+        self._ordinals[scope] += 1
+        if place not in self._functional:
+            layer = self._functional_layer(scope, place[1], call)
+            self._functional[place] = layer
+            self.layers.append(layer)
+            for tensor in (layer.running_mean, layer.weight):
+                if tensor is not None:
+                    self._by_tensor[id(tensor)] = layer
+        return self._functional[place]
+
+    def _functional_layer(self, scope: str, ordinal: int, call: dict[str, Any]) -> Layer:
+        training = self._flags[id(self._stack[-1] if self._stack else self._model)]
+        vectors = {n: call.get(n) for n in ("weight", "bias", "running_mean", "running_var")}
+        named = next((self._tensor_names[id(t)] for t in vectors.values() if id(t) in self._tensor_names), None)
+        place = ".".join(part for part in (scope, "batch_norm") if part)
+        return Layer(
+            name=f"{place}({named})" if named else f"{place}#{ordinal}",
+            module=None,
+            kind="functional",
+            eps=float(call.get("eps", 1e-5)),
+            momentum=call.get("momentum", 0.1),
+            training=training,
+            frozen=self._trains and not training,
+            num_features=next((t.numel() for t in vectors.values() if t is not None), call["input"].size(1)),
+            **vectors,
+        )
+
+
+def _second_axis(input: Tensor, axis: int) -> Tensor:
+    return input if axis == 1 or input.dim() < 2 else input.movedim(axis, 1)
+
+
+def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    if func is torch.batch_norm:
+        return dict(zip(_TORCH_ORDER, args, strict=False)) | kwargs
+    return dict(_SIGNATURES[func].bind(*args, **kwargs).arguments)
+
+
+def _with_fixed(func: Any, call: dict[str, Any], statistics: tuple[Tensor, Tensor]) -> Any:
+    """The same call as in evaluation, with these mean and variance."""
+    given = next((call[n] for n in ("running_mean", "weight") if call.get(n) is not None), call["input"])
+    mean, var = (t.detach().to(given.dtype) for t in statistics)
+    fixed = {**call, "running_mean": mean, "running_var": var, "training": False}
+    if func is not ours.batch_norm:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        fixed = {name: fixed[name] for name in names if name in fixed}
+        fixed["momentum"] = 0.0
+        return F.batch_norm(**fixed)
+    fixed.pop("num_batches_tracked", None)
+    return func(**fixed)

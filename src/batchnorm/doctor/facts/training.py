@@ -1,0 +1,198 @@
+"""A few training steps, watched: which forward moved which statistics, and between which optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as _hooks
+from torch.optim import Optimizer
+from torch.optim import optimizer as _optimizers
+from torch.overrides import TorchFunctionMode
+
+from ...errors import UserError, quote_error
+from ...functional import batch_norm
+from .batches import Batch, copied
+from .layers import Layer, names_of_tensors
+from .preserve import Preserved, preserved
+
+__all__ = ["Training", "Updates", "in_backward", "watch_steps"]
+
+_STEPS = 4
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work: a forward that runs now is one that checkpointing repeats."""
+    return int(torch._C._current_graph_task_id()) != -1
+
+
+@dataclass
+class Updates:
+    """How one layer's running statistics moved during the watched steps."""
+
+    name: str
+    in_forward: int = 0  # with gradients on
+    without_gradient: int = 0
+    recomputed: int = 0
+    # (state of the parameters, backward passes before it), one entry a different pair
+    passes: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def passes_a_step(self) -> float:
+        """Forward-backward passes for each state of the parameters; 1 without accumulation."""
+        return len(self.passes) / max(1, len({state for state, _ in self.passes}))
+
+
+@dataclass
+class Training:
+    """What the steps showed; `updates` by the layer's id, or by the running mean's for functional calls."""
+
+    updates: dict[int, Updates] = field(default_factory=dict)
+    optimizers: int = 0
+    backwards: int = 0
+    forwards: int = 0
+    steps: int = 0
+
+
+def watch_steps(
+    model: nn.Module,
+    layers: list[Layer],
+    batches: list[Batch],
+    step: Callable[[Any], Any],
+    optimizer: Optimizer | None,
+) -> Training:
+    """Runs ``step(batch)`` a few times and puts model, gradients and every optimizer that stepped back.
+
+    Raises:
+        UserError: the step raises.
+    """
+    budget = max(2, min(_STEPS, 2 * len(batches)))
+    with preserved(model, [optimizer] if optimizer is not None else [], gradients=True) as kept:
+        watch = _Watch(model, layers, kept)
+        with watch.attached():
+            for number in range(budget):
+                batch = batches[number % len(batches)]
+                try:
+                    with watch:
+                        step(copied(batch.raw))
+                except Exception as error:
+                    raise UserError(
+                        f"the training step raises ({quote_error(error)}), batch {number % len(batches)} of shape "
+                        f"{batch.shapes()}, pass a step that takes one batch as it stands in batches"
+                    ) from error
+                watch.result.steps += 1
+    return watch.result
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, model: nn.Module, layers: list[Layer], kept: Preserved) -> None:
+        super().__init__()
+        self.result = Training()
+        self._model, self._kept = model, kept
+        self._layers = {id(layer.module): layer for layer in layers if layer.module is not None}
+        self._names = names_of_tensors(model)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._before: dict[int, Tensor] = {}
+        self._functional_means: dict[int, Tensor] = {}
+        self._inside = 0
+        self._optimizers: set[int] = set()
+        self._state = 0
+        self._fingerprint: list[float] = []
+        self._anchor: int | None = None  # the first key that updates: parameters are looked at when it does
+
+    def attached(self) -> Any:
+        return _Handles(
+            [
+                _hooks.register_module_forward_pre_hook(self._enter),
+                _hooks.register_module_forward_hook(self._leave, always_call=True),
+                _optimizers.register_optimizer_step_pre_hook(self._before_step),
+            ]
+        )
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._kept.add_optimizer(optimizer)
+        self._optimizers.add(id(optimizer))
+        self.result.optimizers = len(self._optimizers)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module is self._model and not in_backward():
+            self.result.forwards += 1
+        layer = self._layers.get(id(module))
+        if layer is not None:
+            self._inside += 1
+            if isinstance(module.running_mean, Tensor):
+                self._before[id(module)] = module.running_mean.detach().clone()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        layer = self._layers.get(id(module))
+        if layer is None:
+            return
+        self._inside -= 1
+        before = self._before.pop(id(module), None)
+        after = module.running_mean
+        if before is not None and isinstance(after, Tensor) and not torch.equal(before, after):
+            self._note(id(layer), layer.name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(func, args, kwargs)
+        if func in (F.batch_norm, batch_norm) and not self._inside:
+            return self._functional(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """No mode reaches what autograd runs: what a functional call repeats there shows in its buffers alone."""
+        before = {key: mean.detach().clone() for key, mean in self._functional_means.items()}
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.result.backwards += 1
+            for key, value in before.items():
+                if not torch.equal(value, self._functional_means[key]):
+                    self.result.updates[key].recomputed += 1
+
+    def _functional(self, func: Any, args: Any, kwargs: Any) -> Any:
+        mean = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+        before = None if mean is None else mean.detach().clone()
+        output = func(*args, **kwargs)
+        if before is not None and not torch.equal(before, mean):
+            self._functional_means[id(mean)] = mean
+            self._note(id(mean), self._names.get(id(mean), "batch_norm"))
+        return output
+
+    def _note(self, key: int, name: str) -> None:
+        updates = self.result.updates.setdefault(key, Updates(name))
+        if in_backward():
+            updates.recomputed += 1
+        elif not torch.is_grad_enabled():
+            updates.without_gradient += 1
+        else:
+            updates.in_forward += 1
+            self._anchor = key if self._anchor is None else self._anchor
+            if key == self._anchor:
+                self._look_at_parameters()
+            updates.passes.add((self._state, self.result.backwards))
+
+    def _look_at_parameters(self) -> None:
+        """Values, not version counters: an update through `.data` counts nowhere else."""
+        now = [float(p.detach().double().abs().sum()) for p in self._parameters]
+        if now != self._fingerprint:
+            self._state += 1
+            self._fingerprint = now
+
+
+class _Handles:
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""A diagnosis as a table for people, and as SARIF for tools."""

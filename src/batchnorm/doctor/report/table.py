@@ -1,0 +1,81 @@
+"""The terminal's table: what hurts most first, findings of one kind together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..diagnosis import Diagnosis, Finding, shown
+
+if TYPE_CHECKING:
+    from ..fix import Mending
+
+__all__ = ["print_diagnosis", "print_mending"]
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+# Modules of one finding that are named; the rest is counted. --json has them all.
+_NAMED = 3
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Prints the findings and, below them, what was not examined and why."""
+    if diagnosis.findings:
+        console.print(_table(diagnosis))
+    else:
+        console.print(f"{diagnosis.subject}: no findings in {len(diagnosis.examined)} rules")
+    for reason, codes in _by_reason(diagnosis).items():
+        console.print(f"not examined: {', '.join(codes)}: {reason}", style="dim")
+    if diagnosis.findings:
+        console.print("batchnorm doctor --explain CODE says more about a rule", style="dim")
+
+
+def _table(diagnosis: Diagnosis) -> Table:
+    table = Table(title=f"{diagnosis.subject}: {_count(diagnosis.findings)}", title_justify="left", show_lines=True)
+    for heading in ("rule", "module", "what is wrong", "evidence"):
+        table.add_column(heading, overflow="fold")
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in diagnosis.findings:
+        groups.setdefault((finding.code, finding.severity), []).append(finding)
+    for (code, severity), findings in groups.items():
+        first = findings[0]
+        names = "\n".join(finding.module or "model" for finding in findings[:_NAMED])
+        more = f"\nand {len(findings) - _NAMED} more" if len(findings) > _NAMED else ""
+        numbers = "\n".join(f"{key} {shown(value)}" for key, value in first.evidence.items())
+        what = Text(first.message)
+        what.append(f"\nfix: {first.fix}", "bold")
+        what.append(f"\na false alarm if {first.false_alarm}", "dim")
+        table.add_row(Text(f"{code} {severity}\n{first.name}", _COLOURS[severity]), names + more, what, numbers)
+    return table
+
+
+def _count(findings: Iterable[Finding]) -> str:
+    counts: dict[str, int] = {}
+    for finding in findings:
+        counts[finding.severity] = counts.get(finding.severity, 0) + 1
+    return ", ".join(f"{n} {severity}{'s' * (n > 1 and severity != 'info')}" for severity, n in counts.items())
+
+
+def _by_reason(diagnosis: Diagnosis) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for code, reason in diagnosis.not_examined.items():
+        reasons.setdefault(reason, []).append(code)
+    return reasons
+
+
+def print_mending(mending: Mending, console: Console) -> None:
+    """Prints what was changed, what was left, and the findings before and after."""
+    table = Table(title="mended", title_justify="left")
+    for heading in ("rule", "module", "what", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for change in mending.changes:
+        table.add_row(change.code, change.module or "model", change.what, change.before, change.after)
+    if mending.changes:
+        console.print(table)
+    for code, reason in mending.left.items():
+        console.print(f"not mended: {code}: {reason}")
+    for code in sorted(mending.before | mending.after):
+        console.print(f"{code}: {mending.before.get(code, 0)} findings before, {mending.after.get(code, 0)} after")

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..facts.facts import Facts
+from ..rule import Found, rule
+
+
+@rule(
+    "BN106",
+    "untrained-statistics",
+    summary="The model is evaluated, or averaged, on running statistics that are still the initial 0 and 1.",
+    needs=("model",),
+    fix="batchnorm.recalibrate(model, batches), or copy the buffers together with the parameters",
+    false_alarm="inputs of mean 0 and variance 1 in every channel are what the layer really gets",
+)
+def untrained_statistics(facts: Facts) -> Iterator[Found]:
+    assert facts.model is not None
+    averaged = _averaged_modules(facts.model)
+    for layer in facts.layers:
+        if layer.frozen or not layer.is_initial or layer.kind == "frozen":
+            continue
+        copied = layer.module is not None and id(layer.module) in averaged
+        if not copied and (layer.training or not facts.evaluates(layer)):
+            continue
+        updates = layer.num_batches_tracked
+        yield Found(
+            layer.name,
+            "an averaged copy of a trained model, with the running statistics of a new one"
+            if copied
+            else "evaluates with mean 0 and variance 1, which no batch has ever moved",
+            {"features": layer.num_features, "num_batches_tracked": 0 if updates is None else int(updates)},
+            severity="error",
+        )
+
+
+def _averaged_modules(model: nn.Module) -> set[int]:
+    """The modules inside an EMA or SWA copy that has averaged something already."""
+    return {
+        id(module)
+        for copy in model.modules()
+        if isinstance(copy, AveragedModel) and int(copy.n_averaged) > 0
+        for module in copy.modules()
+    }

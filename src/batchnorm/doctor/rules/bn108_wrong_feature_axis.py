@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..facts.facts import Facts
+from ..rule import Found, rule
+
+
+@rule(
+    "BN108",
+    "wrong-feature-axis",
+    summary="The features lie on another axis than 1: (N, L, C) was fed to a layer that takes (N, C, L).",
+    needs=("run",),
+    fix="transpose before and after: bn(x.transpose(1, 2)).transpose(1, 2)",
+    false_alarm="axis 1 is meant to be normalised, each position over the batch and its features",
+)
+def wrong_feature_axis(facts: Facts) -> Iterator[Found]:
+    assert facts.measurements is not None
+    wrong = facts.measurements.wrong_axis
+    if wrong is not None:
+        yield Found(
+            wrong.layer.name,
+            f"the forward raises: an input of shape {wrong.shape} for {wrong.layer.num_features} features on axis 1",
+            {"axis_1": wrong.shape[1], "last_axis": wrong.shape[-1], "num_features": wrong.layer.num_features},
+            severity="error",
+        )
+    seen: set[int] = set()
+    for node in facts.measurements.graph.of_kind("batch_norm"):
+        shape = node.shape
+        if shape is None or len(shape) < 3 or node.feature_axis in (None, 1) or id(node.owner) in seen:
+            continue
+        seen.add(id(node.owner))
+        yield Found(
+            node.name,
+            f"its input {shape} comes from a layer with its features on axis {node.feature_axis}, but axis 1, of the "
+            "same length as num_features by chance, is normalised",
+            {"axis_1": shape[1], "last_axis": shape[-1], "num_features": node.owner.num_features},
+            severity="error",
+        )

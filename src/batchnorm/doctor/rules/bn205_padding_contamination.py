@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..facts.facts import Facts
+from ..facts.moments import Measured
+from ..rule import Found, NotExamined, rule
+
+# In σ of the real positions, and in log2: what a tenth of zeros does to a variance.
+_MEAN, _LOG2 = 0.1, 0.15
+
+
+@rule(
+    "BN205",
+    "padding-contamination",
+    summary="Padded positions take part in the statistics.",
+    needs=("mask",),
+    fix="batchnorm.convert(model), and pass the mask: bn(x, mask=mask)",
+    false_alarm="the padding is data: it is drawn like the real positions",
+)
+def padding_contamination(facts: Facts) -> Iterator[Found]:
+    misfits = 0
+    observed = facts.observed()
+    for layer, seen in observed:
+        misfits += bool(seen.misfits)
+        if not layer.live or not seen.real.count or seen.real.count == seen.every.count:
+            continue
+        shift, log2 = _contamination(seen, layer.eps)
+        if not (shift <= _MEAN and log2 <= _LOG2):  # also where padding holds NaN
+            share = 1 - seen.real.count / seen.every.count
+            yield Found(
+                layer.name,
+                f"{share:.0%} of the positions in its statistics are padding",
+                {"padding": share, "mean_shift": shift, "log2_variance": log2},
+            )
+    if observed and misfits == len(observed):
+        raise NotExamined("the mask fits the positions of no layer: it should be (N, L), or of the input's shape")
+
+
+def _contamination(seen: Measured, eps: float) -> tuple[float, float]:
+    """Root mean square over channels of the mean's shift and of the variance's log2 ratio."""
+    real = seen.real.var + eps
+    shift = ((seen.every.mean - seen.real.mean) / real.sqrt()).square().mean().sqrt()
+    log2 = ((seen.every.var + eps) / real).log2().square().mean().sqrt()
+    return float(shift), float(log2)

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..facts.facts import Facts
+from ..rule import Found, rule
+
+
+@rule(
+    "BN401",
+    "training-mode-export",
+    summary="An exported program normalises by the batch it is given, not by the running statistics.",
+    needs=("file",),
+    fix="call model.eval() before torch.export.export or torch.onnx.export",
+    false_alarm="the program is exported to be trained further",
+)
+def training_mode_export(facts: Facts) -> Iterator[Found]:
+    assert facts.file is not None
+    found = [n for n in facts.file.normalizations if n.training]
+    for normalization in found:
+        yield Found(
+            normalization.name,
+            f"batch statistics are built into this {facts.file.origin}: answers depend on the rest of the batch",
+            {
+                "operator": normalization.operator,
+                "in_training_mode": len(found),
+                "of": len(facts.file.normalizations),
+            },
+            severity="error",
+        )

@@ -1,0 +1,41 @@
+"""Loads the compiled CPU kernels, where they were built. They register themselves under the operators' names."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+LOADED = False
+PROBLEM = "was not built"
+
+
+def load() -> bool:
+    """Whether the compiled kernels serve the CPU; without them the reference does."""
+    global LOADED, PROBLEM
+    if LOADED:
+        return True
+    for path in sorted(Path(__file__).parent.parent.glob("_C.*")):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:  # built for another platform, or against a torch with another ABI
+            PROBLEM = f"does not load ({error})"
+        else:
+            LOADED = True
+            return True
+    return False
+
+
+@functools.cache
+def say_slower() -> None:
+    """Say once, when the reference first serves a CPU tensor: an import alone, or a GPU, needs no kernels."""
+    logging.getLogger("batchnorm").warning(
+        "the compiled CPU kernels are missing: results are the same, CPU tensors are slower. The extension %s; "
+        "reinstall batchnorm with a C++ compiler at hand",
+        PROBLEM,
+    )
+
+
+load()

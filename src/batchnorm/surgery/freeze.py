@@ -1,0 +1,117 @@
+"""Holding batch normalization still: statistics and affine fixed through `.train()`, and back."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from .kinds import is_norm
+
+__all__ = ["freeze", "frozen_class", "is_frozen", "thawed_class", "unfreeze"]
+
+
+class _Frozen:
+    """Put before a batch normalization's own class, so that it is a subclass of it and every `isinstance` holds."""
+
+    _mode_asked: bool  # what `.train()` asked for last: the mode after unfreezing
+    _before_freezing: dict[str, Any]
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(False)  # type: ignore[misc]  # nn.Module's, further along the MRO
+        self._mode_asked = mode
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made on the fly, so a pickle or a deep copy has to make it again.
+        return _restore, (thawed_class(type(self)),), self.__getstate__()
+
+
+def _restore(base: type) -> Any:
+    kind: Any = frozen_class(base)
+    return kind.__new__(kind)
+
+
+@cache
+def frozen_class(base: type) -> type:
+    """The class of a frozen `base`, named `FrozenBASE`."""
+    return type(f"Frozen{base.__name__}", (_Frozen, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def thawed_class(kind: type) -> type:
+    """The class that a frozen layer had before; a class that is not frozen is returned as it is."""
+    return kind.__mro__[2] if issubclass(kind, _Frozen) else kind
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether `freeze` holds the layer, or one of ours was told so by its flag."""
+    return isinstance(module, _Frozen) or getattr(module, "frozen", False) is True
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Holds every batch normalization fixed, in place: running statistics in use and unchanging, γ and β without
+    gradient, whatever `.train()` says later.
+
+    The output is y = γ·(x − running_mean)/√(running_var + ε) + β, and the gradient dx = γ·dy/√(running_var + ε).
+    Gradients that γ and β hold are set aside, so that an optimizer with momentum or weight decay does not
+    move them either. Copies and pickles of a frozen model are frozen. Freezing twice is freezing once.
+
+    Args:
+        model: any module; torch's, our and other libraries' batch normalizations are frozen alike.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: a layer keeps no running statistics (`track_running_stats=False`), so it has nothing to be
+            held at; the model is then unchanged.
+    """
+    norms = {name: m for name, m in model.named_modules() if is_norm(m) and not isinstance(m, _Frozen)}
+    for name, norm in norms.items():
+        if norm.running_mean is None:
+            raise UserError(
+                f"freeze: {name or 'the model'} keeps no running statistics and uses the batch's in eval too; "
+                "give it track_running_stats=True and recalibrate it first"
+            )
+    for norm in norms.values():
+        held = {name: (p.requires_grad, p.grad) for name, p in norm._parameters.items() if p is not None}
+        kind: Any = type(norm)
+        norm.__class__ = frozen_class(kind)
+        norm.__dict__.update(_before_freezing=held, _mode_asked=norm.training)
+        norm.train(norm.training)
+        if hasattr(norm, "frozen"):  # ours says so itself, in its repr and to the doctor
+            norm.frozen = True
+        for name in held:
+            parameter = norm._parameters[name]
+            assert parameter is not None
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Undoes `freeze`, in place: every layer gets its class, its parameters' `requires_grad` and the gradients set
+    aside back, and the mode that `.train()` or `.eval()` asked for last.
+
+    Returns:
+        The same model.
+    """
+    for norm in model.modules():
+        if not isinstance(norm, _Frozen):
+            if is_norm(norm):
+                norm.__dict__.pop("frozen", None)
+            continue
+        held = norm.__dict__.pop("_before_freezing")
+        mode = norm.__dict__.pop("_mode_asked")
+        norm.__dict__.pop("frozen", None)
+        norm.__class__ = thawed_class(type(norm))
+        norm.train(mode)
+        for name, (requires_grad, grad) in held.items():
+            parameter = norm._parameters[name]
+            if parameter is not None:
+                parameter.requires_grad_(requires_grad)
+                if grad is not None and parameter.grad is None and grad.device == parameter.device:
+                    parameter.grad = grad
+    return model

@@ -1,0 +1,301 @@
+"""Population statistics from data: the mean and variance that evaluation should use, exactly and undoably."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, quote_error
+from .feed import feed, progress_bar, samples_in
+from .freeze import is_frozen
+from .kinds import is_norm
+from .pool import Gather, Pool, gather_over
+from .replace import names_of
+from .untouched import generators_kept, untouched
+
+__all__ = ["Recalibration", "Shift", "recalibrate"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far one layer's running statistics were from the population's, as the root mean square and the maximum over
+    its channels: of the mean in population standard deviations √(σ²+ε), of the variance in powers of two."""
+
+    mean_rms: float
+    mean_max: float
+    log2_var_rms: float
+    log2_var_max: float
+    count: int
+
+
+@dataclass
+class Recalibration:
+    """What `recalibrate` did: per layer the `Shift` and why others were left; `undo()` puts the buffers back."""
+
+    layers: dict[str, Shift]
+    skipped: dict[str, str]
+    samples: int
+    batches: int
+    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Puts the running statistics back to what they were before. A second call changes nothing."""
+        with torch.no_grad():
+            for buffer, value in self._before:
+                buffer.copy_(value)
+        self._before.clear()
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in (*self.layers, *self.skipped)] or [5])
+        lines = [f"{'layer':<{width}}  mean moved (sd)  variance moved (log2)  values"]
+        for name, s in self.layers.items():
+            lines.append(f"{name:<{width}}  {s.mean_rms:15.3f}  {s.log2_var_rms:21.3f}  {s.count}")
+        lines += [f"{name:<{width}}  left alone: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    samples: int | None = None,
+    layerwise: bool = True,
+    process_group: Any = "world",
+    progress: bool = False,
+) -> Recalibration:
+    """Sets every batch normalization's running mean and variance to those of the data, in place.
+
+    The moments are pooled with weights: over batches (and ranks) b of n_b values a channel, n = Σ n_b,
+    mean = Σ n_b·μ_b / n and M2 = Σ (n_b·σ_b² + n_b·(μ_b − mean)²), merged pairwise in float64, and the buffers get
+    mean and the unbiased M2/(n − 1); uneven batches change nothing. Everything else is in eval, dropout too.
+
+    Layer by layer (`layerwise=True`) each layer's moments are taken with all layers before it already in eval with
+    their new statistics: exactly what evaluation will show it, however the data were cut into batches. This runs
+    the part of the network up to the layer once a layer. `layerwise=False` takes one pass, in which each layer
+    normalizes by the batch's own statistics, as `torch.optim.swa_utils.update_bn` does: for deep networks
+    on little hardware; the layers after the first then depend somewhat on how the data were cut.
+
+    Frozen layers are left alone: by `freeze`, or by `.eval()` on a layer while the model trains. So are layers without
+    running statistics, and ones that the data never reach. About 1,000 samples are enough (arXiv 2105.07576).
+
+    Args:
+        model: any module.
+        batches: inputs, or (input, target) pairs of which the first is used, or dicts of keyword arguments; they are
+            moved to the model's device. Run through once a layer; an iterator is kept in memory for that.
+        forward: `forward(model, batch)`, for every other form of batch.
+        samples: stop after the batch with which this many samples have been seen; None takes all.
+        layerwise: see above.
+        process_group: ranks whose data are pooled, each with its own batches, or none: "world" is all of them where
+            `torch.distributed` is initialized, so all have to call; None pools nothing; or a group.
+        progress: show a progress bar (needs rich).
+
+    Returns:
+        `Recalibration`, which prints as a table.
+
+    Raises:
+        UserError: no batch, a batch that the model does not take, NaN or Inf in front of a layer, or a single
+            value a channel in all; the model is then unchanged.
+    """
+    if samples is not None and samples < 1:
+        raise UserError(f"recalibrate: samples is {samples}; give a budget of at least 1, or None for all")
+    job = _Job(model, forward or feed, samples, gather_over(process_group))
+    job.open(batches)
+    with untouched(model), torch.compiler.set_stance("force_eager"), progress_bar(progress, "recalibrate") as step:
+        for module in model.modules():
+            module.training = False
+        order = job.order()
+        pools: dict[str, Pool] = {}
+        groups = [[name] for name in order] if layerwise else [order]
+        for done, group in enumerate(groups):
+            step(done, len(groups))
+            pools |= job.measure(group, by_batch=not layerwise)
+    return job.finish(pools)
+
+
+class _Stop(BaseException):
+    """Leaves the forward once the layer has been measured; no `except Exception` on the way catches it."""
+
+
+class _Job:
+    def __init__(self, model: nn.Module, forward: Forward, samples: int | None, gather: Gather) -> None:
+        self.model, self.forward, self.samples, self.gather = model, forward, samples, gather
+        norms = {name: module for module, name in names_of(model).items() if is_norm(module)}
+        self.skipped = {name: why for name, norm in norms.items() if (why := self._why_not(norm))}
+        self.norms: dict[str, Any] = {name: norm for name, norm in norms.items() if name not in self.skipped}
+        self.calls = dict.fromkeys(self.norms, 0)  # in one forward
+        self.seen = self.batches = 0
+
+    def _why_not(self, norm: nn.Module) -> str:
+        if is_frozen(norm) or (self.model.training and not norm.training):
+            return "frozen"
+        if getattr(norm, "domains", None) is not None:
+            return "keeps its statistics by domain"
+        return "keeps no running statistics" if norm.running_mean is None else ""
+
+    # --- data --------------------------------------------------------------------------------------
+    def open(self, batches: Iterable[Any]) -> None:
+        # An iterator can be walked once, and every layer needs the data.
+        self.data = list(self._within_budget(batches)) if isinstance(batches, Iterator) else batches
+
+    def _within_budget(self, batches: Iterable[Any]) -> Iterator[Any]:
+        seen = 0
+        for batch in batches:
+            yield batch
+            seen += samples_in(batch)
+            if self.samples is not None and seen >= self.samples:
+                return
+
+    def _run(self) -> None:
+        """All batches once. The generators start from the same state each time, so that a shuffling or augmenting
+        loader gives every layer the same data. Where one rank fails, all raise: none is left waiting."""
+        self.seen = self.batches = 0
+        failure = None
+        with generators_kept(self.model):
+            try:
+                for batch in self._within_budget(self.data):
+                    self._run_batch(batch)
+                    self.seen += samples_in(batch)
+                    self.batches += 1
+            except UserError as error:
+                failure = error
+        failed = torch.stack(self.gather(torch.tensor([failure is not None], dtype=torch.float64)))
+        if failure is not None:
+            raise failure
+        if failed.any():
+            raise UserError(f"recalibrate: rank {int(failed.flatten().argmax())} failed; its own message says why")
+
+    def _run_batch(self, batch: Any) -> None:
+        try:
+            self.forward(self.model, batch)
+        except _Stop:
+            pass
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"recalibrate: {type(self.model).__name__} does not run on batch {self.batches}: "
+                f"{quote_error(error)}; give batches as the model takes them, or a forward(model, batch)"
+            ) from error
+
+    # --- layers ------------------------------------------------------------------------------------
+    def order(self) -> list[str]:
+        """The layers in the order of their first calls, the same on all ranks; counts calls, samples and batches."""
+        first: dict[str, int] = {}
+        now: dict[str, int] = {}
+
+        def count(name: str) -> None:
+            first.setdefault(name, len(first))
+            now[name] = now.get(name, 0) + 1
+
+        forward = self.forward
+
+        def counted(model: nn.Module, batch: Any) -> None:
+            now.clear()
+            forward(model, batch)
+            for name, calls in now.items():
+                self.calls[name] = max(self.calls[name], calls)
+
+        self.forward = counted
+        with self._hooked(self.norms, lambda name, norm, args, kwargs: count(name)):
+            self._run()
+        self.forward = forward
+        rows = [[first.get(name, torch.inf), self.calls[name]] for name in self.norms]
+        rows.append([self.seen, self.batches])
+        return self._agree(torch.tensor(rows, dtype=torch.float64))
+
+    def _agree(self, mine: Tensor) -> list[str]:
+        everyone = torch.stack(self.gather(mine))
+        self.seen, self.batches = (int(total) for total in everyone[:, -1].sum(0))
+        if self.batches == 0:
+            raise UserError("recalibrate: there is no batch in the data; pass an iterable that gives at least one")
+        position, calls = everyone[:, :-1, 0].amin(0), everyone[:, :-1, 1].amax(0)
+        names = list(self.norms)
+        self.calls = {name: int(n) for name, n in zip(names, calls, strict=True)}
+        self.totals = (self.seen, self.batches)
+        for name in names:
+            if self.calls[name] == 0:
+                self.skipped[name] = "the data never reach it"
+        return [names[i] for i in position.argsort(stable=True).tolist() if self.calls[names[i]]]
+
+    def measure(self, group: list[str], by_batch: bool) -> dict[str, Pool]:
+        """Pools the group's inputs over all data, and writes the moments so that the next layers see them."""
+        pools = {name: Pool(self.norms[name].num_features) for name in group}
+        last = len(group) == 1 and self.calls[group[0]] == 1
+
+        def take(name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [*args, *(kwargs[key] for key in ("input",) if key in kwargs)][0]
+            mask, axis = kwargs.get("mask", args[2] if len(args) > 2 else None), getattr(norm, "feature_axis", 1)
+            if mask is not None and mask.dim() == given.dim():
+                mask = mask.movedim(axis, 1)
+            pools[name].add(given.movedim(axis, 1), mask)
+            if not (pools[name].mean.isfinite().all() and pools[name].m2.isfinite().all()):
+                raise UserError(
+                    f"recalibrate: batch {self.batches} brings NaN or Inf to {name or 'the model'}; look at that "
+                    "batch, or leave it out"
+                )
+            if last and not by_batch:
+                raise _Stop
+
+        for name in group:
+            # A layer called several times sees its own results: only batch statistics do not depend on the old.
+            self.norms[name].training = by_batch or self.calls[name] > 1
+        with self._hooked({name: self.norms[name] for name in group}, take):
+            self._run()
+        for name in group:
+            self.norms[name].training = False
+            pools[name] = pools[name].over_ranks(self.gather)
+            if pools[name].count < 2:
+                raise UserError(
+                    f"recalibrate: {name or 'the model'} gets {pools[name].count:.0f} value a channel from all the "
+                    "data, which has no variance; pass more samples"
+                )
+            self._write(name, pools[name])
+        return pools
+
+    @contextmanager
+    def _hooked(self, norms: dict[str, Any], hook: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
+        handles = [
+            norm.register_forward_pre_hook(lambda m, a, k, name=name: hook(name, m, a, k), with_kwargs=True)
+            for name, norm in norms.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _write(self, name: str, pool: Pool) -> None:
+        norm = self.norms[name]
+        norm.running_mean.copy_(pool.mean)
+        norm.running_var.copy_(pool.m2 / (pool.count - 1))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(self.totals[1])
+
+    def finish(self, pools: dict[str, Pool]) -> Recalibration:
+        done = Recalibration({}, self.skipped, *self.totals)
+        with torch.no_grad():
+            for name, pool in pools.items():
+                norm = self.norms[name]
+                done.layers[name] = _shift(norm, pool)
+                held = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+                done._before += [(buffer, buffer.clone()) for buffer in held if buffer is not None]
+                self._write(name, pool)
+        return done
+
+
+def _shift(norm: Any, pool: Pool) -> Shift:
+    var = pool.m2 / (pool.count - 1)
+    mean = (norm.running_mean.cpu().double() - pool.mean).abs() / (var + norm.eps).sqrt()
+    ratio = ((norm.running_var.cpu().double() + norm.eps) / (var + norm.eps)).log2().abs()
+    return Shift(
+        mean.square().mean().sqrt().item(), mean.max().item(),
+        ratio.square().mean().sqrt().item(), ratio.max().item(), int(pool.count),
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+"""The compiled kernels against the reference (float64 inside) and, for hard numbers, against float64 itself."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from batchnorm.ops import extension, fused, reference
+from batchnorm.ops.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.skipif(not extension.LOADED, reason="the extension was not built here")
+
+ops = torch.ops.batchnorm
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Units in the last place of the dtype, against a reference that rounds once from float64: 1 rounding of the output,
+# the rest from float32 coefficients and, for the exponentials, from their approximation.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def arranged(t: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "reversed":  # every axis in the opposite order: neither layout, one copy
+        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    if layout == "sliced":
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+    if layout == "offset":  # not aligned to any vector
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    return t
+
+
+LAYOUTS = ("contiguous", "channels_last", "reversed", "sliced", "offset")
+
+
+def same(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    assert got.stride() == want.stride()
+    tolerance = TOLERANCE[dtype] * scale
+    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    samples, channels = draw(st.integers(1, 9)), draw(st.integers(1, 70))
+    spatial = draw(st.lists(st.integers(1, 11), max_size=3))
+    return {
+        "shape": (samples, channels, *spatial),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "activation": draw(st.sampled_from(["", *ACTIVATIONS])),
+        "residual": draw(st.booleans()),
+        "mask": draw(st.booleans()),
+        "affine": draw(st.sampled_from([None, torch.float32, torch.float64, "same"])),
+        "slice_size": draw(st.sampled_from([0, 0, 1, 2, 3])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def tensors(case: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """input, grad_output, weight, bias, residual, mask."""
+    torch.manual_seed(case["seed"])
+    shape, dtype = case["shape"], case["dtype"]
+    x, grad, residual = (torch.randn(shape).to(dtype) for _ in range(3))
+    affine = dtype if case["affine"] == "same" else case["affine"]
+    weight, bias = (None, None) if affine is None else (torch.randn(shape[1]).to(affine) for _ in range(2))
+    mask = torch.rand(shape[0], x[0, 0].numel()) > 0.3 if case["mask"] else None
+    return (
+        arranged(x, case["layout"]),
+        grad,
+        weight,
+        bias,
+        residual if case["residual"] else None,
+        mask,
+    )
+
+
+@given(cases())
+def test_forward_and_backward_are_the_reference(case: dict) -> None:
+    x, grad, weight, bias, residual, mask = tensors(case)
+    form = (0.1, case["activation"], 0.1, case["slice_size"])  # eps 0.1: slices of one value stay well conditioned
+    out, mean, var, count = ops.forward(x, weight, bias, residual, mask, *form)
+    want = fused.forward(x, weight, bias, residual, mask, *form)
+    same(out, want[0], case["dtype"])
+    for got, expected in zip((mean, var, count), want[1:], strict=True):
+        same(got, expected, torch.float64)
+    wanted = [True, True, True, residual is not None]
+    arguments = (grad, x, mean, var, count, weight, bias, residual, mask, *form, wanted)
+    for got, expected in zip(ops.backward(*arguments), fused.backward(*arguments), strict=True):
+        small = got.dim() == 1
+        same(got, expected, max(case["dtype"], got.dtype, key=TOLERANCE.__getitem__), 30.0 if small else 4.0)
+
+
+@given(cases())
+def test_primitives_give_the_bits_of_the_fused_operators(case: dict) -> None:
+    x, grad, weight, bias, residual, mask = tensors(case)
+    form = (1e-5, case["activation"], 0.1, case["slice_size"])
+    fused_forward = ops.forward(x, weight, bias, residual, mask, *form)
+    moments = ops.stats(x, mask, case["slice_size"])
+    out = ops.apply(x, *moments[:2], weight, bias, residual, *form)
+    for a, b in zip((out, *moments), fused_forward, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    mean, var, count = moments
+    wanted = [True, False, False, True]
+    at_once = ops.backward(grad, x, mean, var, count, weight, bias, residual, mask, *form, wanted)
+    sums = ops.backward_reduce(grad, x, mean, var, weight, bias, residual, mask, *form)
+    grads = ops.backward_elemt(grad, x, mean, var, weight, bias, residual, mask, *sums, count, *form, True)
+    assert torch.equal(grads[0].nan_to_num(), at_once[0].nan_to_num())
+    assert torch.equal(grads[1].nan_to_num(), at_once[3].nan_to_num())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("mean", "sd"),
+    [(0, 1), (1e3, 1), (1e6, 1), (-1e6, 1e-1), (0, 1e18), (0, 1e30), (1e30, 1e36), (0, 3e37), (0, 1e-30), (1e-38, 1e-39)],
+)
+def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None:
+    """Error of at most a few units in the last place of the output, at any mean and spread that float32 can hold."""
+    x = arranged((torch.randn(16, 24, 13, 5, dtype=torch.float64) * sd + mean).float(), layout)
+    grad = torch.randn(x.shape)
+    form = (0.0, "", 0.0, 0)
+    out, m, v, n = ops.forward(x, None, None, None, None, *form)
+    want, *moments = fused.forward(x.double(), None, None, None, None, *form)
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=5e-7)
+    torch.testing.assert_close(m, moments[0], rtol=1e-13, atol=1e-10 * sd)
+    torch.testing.assert_close(v, moments[1], rtol=1e-10, atol=0)
+    if sd < 1e-30:
+        return  # gradients of 1/sd: beyond float32
+    wanted = [True, False, False, False]
+    dx = ops.backward(grad, x, m, v, n, None, None, None, None, *form, wanted)[0]
+    exact = fused.backward(grad.double(), x.double(), m, v, n, None, None, None, None, *form, wanted)[0]
+    torch.testing.assert_close(dx.double() * sd, exact * sd, rtol=1e-5, atol=max(2e-6, 2e-45 * sd))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.25, 1e-7, 3e4])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_constant_channel_has_no_variance_at_all(dtype: torch.dtype, value: float, layout: str) -> None:
+    x = arranged(torch.full((7, 18, 33, 41), value).to(dtype), layout)
+    mean, var, _ = ops.stats(x, None, 0)
+    assert torch.equal(mean, x[0, :, 0, 0].double().expand(1, -1))
+    assert torch.equal(var, torch.zeros_like(var))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_float64_is_no_less_exact_than_torch(layout: str) -> None:
+    x = arranged(torch.randn(60, 3, 7, 5, dtype=torch.float64) + 1e9, layout)
+    var = ops.stats(x, None, 0)[1][0]
+    running = torch.zeros(3, dtype=torch.float64)
+    torch.nn.functional.batch_norm(x, torch.zeros_like(running), running, training=True, momentum=1.0)
+    for c in range(3):
+        values = [Fraction(v) for v in x[:, c].flatten().tolist()]
+        n, mean = len(values), sum(values) / len(values)
+        true = float(sum((v - mean) ** 2 for v in values) / n)
+        ours, theirs = abs(var[c].item() - true), abs(running[c].item() * (n - 1) / n - true)
+        assert ours <= max(theirs, 2e-15 * true)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_input_spoils_its_channel_only(bad: float, layout: str) -> None:
+    x = torch.randn(4, 20, 9, 7)
+    x[1, 3, 2, 2] = bad
+    x = arranged(x, layout)
+    out, mean, var, _ = ops.forward(x, None, None, None, None, 1e-5, "relu", 0.0, 0)
+    assert out[:, 3].isnan().all()
+    assert var[0, 3].isnan()
+    torch.testing.assert_close(mean[0], x.double().mean((0, 2, 3)), equal_nan=True)
+    others = torch.arange(20) != 3
+    assert out[:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+def test_padding_may_hold_anything(fill: float, layout: str) -> None:
+    x, grad = torch.randn(5, 19, 37), torch.randn(5, 19, 37)
+    mask = torch.rand(5, 37) > 0.4
+    mask[2] = False
+    grad = torch.where(mask.unsqueeze(1), grad, 0.0)
+    form = (1e-5, "silu", 0.0, 0)
+    results = []
+    for padding in (0.0, fill):
+        padded = arranged(torch.where(mask.unsqueeze(1), x, padding), layout)
+        out, *moments = ops.forward(padded, None, None, None, mask, *form)
+        grads = ops.backward(grad, padded, *moments, None, None, None, mask, *form, [True, False, False, False])
+        results.append((moments, out, grads[0]))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(a, b)
+    real = mask.unsqueeze(1).expand_as(x)
+    assert torch.equal(results[0][1][real], results[1][1][real])
+    assert torch.equal(results[0][2], results[1][2])
+    assert not results[1][2][~real].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (4, 5, 0), (0, 4), (6, 3, 2)])
+def test_empty_and_fully_masked(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    mask = torch.zeros(shape[0], torch.empty(shape[2:]).numel(), dtype=torch.bool)
+    for m in (None, mask):
+        got, want = ops.stats(x, m, 2), reference.stats(x, m, 2)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        out = ops.forward(x, None, None, None, m, 1e-5, "relu", 0.0, 2)[0]
+        assert out.shape == x.shape
+        assert out.isfinite().all()
