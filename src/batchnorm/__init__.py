@@ -12,7 +12,7 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
-    from .doctor.diagnose import diagnose
+    from .doctor.examine import diagnose
     from .experiment.study import study
     from .surgery.convert import convert, revert
     from .surgery.fold import fold

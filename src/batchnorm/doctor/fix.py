@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from ..errors import UserError
 from ..surgery.freeze import freeze
 from ..surgery.recalibrate import recalibrate
-from .examine import diagnose
 from .diagnosis import Diagnosis, Finding, shown
+from .examine import diagnose
 from .facts.batches import MOST_BATCHES, as_batch
 
 __all__ = ["Change", "Mending", "mend"]
