@@ -194,7 +194,7 @@ def _remember(layer: _Layer, memory: Memory, moments: Moments, domain: int) -> N
         pending.clear()
         # slices stay slices; whole micro-batches become the one batch of their union
         moments = (mean, var, count) if layer.ghost_batch_size else merge(mean, var, count)
-    buffers: tuple[Tensor | None, ...] = memory[:3]
+    buffers = (memory.running_mean, memory.running_var, memory.num_batches_tracked)
     kept_here = layer.renorm is not None or layer.accumulation_steps > 1
     refusal = _COMPILED_INSIDE if kept_here else ""
     if layer.nonfinite != "skip":
