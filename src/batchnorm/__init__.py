@@ -12,7 +12,7 @@ from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
 
 if TYPE_CHECKING:
-    from .doctor import diagnose
+    from .doctor.examine import diagnose
     from .experiment.study import study
     from .surgery.convert import convert, revert
     from .surgery.fold import fold
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
-    "diagnose": ".doctor",
     "convert": ".surgery",
     "copy_statistics": ".surgery",
+    "diagnose": ".doctor",
     "fold": ".surgery",
     "fold_onnx": ".surgery",
     "freeze": ".surgery",
@@ -48,9 +48,9 @@ __all__ = [
     "BatchNorm3d",
     "Renorm",
     "__version__",
-    "diagnose",
     "convert",
     "copy_statistics",
+    "diagnose",
     "fold",
     "fold_onnx",
     "freeze",

@@ -48,7 +48,7 @@ def doctor(
         raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
     if as_json and as_sarif:
         raise UserError("--json and --sarif together, batchnorm doctor, choose one")
-    from batchnorm.doctor.diagnose import diagnose
+    from batchnorm.doctor.examine import diagnose
     from batchnorm.doctor.subject import read_data, subject
 
     model, batches = subject(target)

@@ -1,8 +1,9 @@
-"""Networks of the transformers library that hold batch normalization: new, of small configurations, trained a little."""
+"""Networks of the transformers library with batch normalization: small, new or trained a little."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +58,29 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[
             ),
             _images,
         ),
-        "PatchTST": (
-            lambda: hf.PatchTSTForPrediction(
-                hf.PatchTSTConfig(
-                    num_input_channels=2, context_length=32, patch_length=4, patch_stride=4, prediction_length=4,
-                    d_model=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, norm_type="batchnorm",
-                    attention_dropout=0.0, positional_dropout=0.0, ff_dropout=0.0, head_dropout=0.1,
-                )
-            ),  # fmt: skip
-            _series,
-        ),
+        "PatchTST": (lambda: hf.PatchTSTForPrediction(_series_configuration()), _series),
     }
+
+
+def _series_configuration() -> Any:
+    import transformers as hf
+
+    return hf.PatchTSTConfig(
+        num_input_channels=2,
+        context_length=32,
+        patch_length=4,
+        patch_stride=4,
+        prediction_length=4,
+        d_model=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=16,
+        norm_type="batchnorm",
+        attention_dropout=0.0,
+        positional_dropout=0.0,
+        ff_dropout=0.0,
+        head_dropout=0.1,
+    )
 
 
 def trained(make: Callable[[], nn.Module], batches: list[dict[str, Tensor]], steps: int) -> nn.Module:
@@ -94,9 +107,14 @@ def healthy() -> Iterator[tuple[str, Callable[[], Call]]]:
 
 def faults() -> Iterator[tuple[str, str, Callable[[], Call]]]:
     for name, (make, batches) in networks().items():
-        yield f"transformers' {name}, evaluated new", "BN106", lambda m=make, b=batches: {
-            "model": m().eval(), "batches": b(2)
-        }  # fmt: skip
+        yield (
+            f"transformers' {name}, evaluated new",
+            "BN106",
+            lambda m=make, b=batches: {
+                "model": m().eval(),
+                "batches": b(2),
+            },
+        )
         if name == "MobileNetV2":
             yield f"transformers' {name}, as it comes", "BN102", lambda m=make: {"model": m().train()}
         yield f"transformers' {name}, half", "BN112", lambda m=make: {"model": m().half()}

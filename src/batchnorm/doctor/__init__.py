@@ -1,6 +1,6 @@
 """Floor 6: names what is wrong with batch normalization in a model, and mends it."""
 
-from .diagnose import diagnose
 from .diagnosis import Diagnosis, Finding
+from .examine import diagnose
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from ..errors import UserError
 from ..surgery.freeze import freeze
 from ..surgery.recalibrate import recalibrate
-from .diagnose import diagnose
 from .diagnosis import Diagnosis, Finding, shown
+from .examine import diagnose
 from .facts.batches import MOST_BATCHES, as_batch
 
 __all__ = ["Change", "Mending", "mend"]
@@ -177,8 +177,6 @@ def _recalibrate(model: nn.Module, batches: Any, codes: set[str], left: dict[str
         left.update(dict.fromkeys(codes, str(error)))
         return []
     return [
-        Change(
-            min(codes), name, "running statistics", f"mean off by {s.mean_rms:.3g} σ", f"of {done.samples} samples"
-        )
+        Change(min(codes), name, "running statistics", f"mean off by {s.mean_rms:.3g} σ", f"of {done.samples} samples")
         for name, s in done.layers.items()
     ]

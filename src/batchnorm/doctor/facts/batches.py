@@ -111,7 +111,8 @@ def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True
 
 def _from_tuple(raw: tuple[Any, ...], model: nn.Module, target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     required, _ = _parameters(model)
-    taken = len(raw) if not target else max(1, min(len(required), len(raw)))
+    nested = len(raw) > 1 and isinstance(raw[0], (tuple, list, Mapping))  # the inputs together, then the target
+    taken = len(raw) if not target else 1 if nested else max(1, min(len(required), len(raw)))
     inputs, rest = raw[:taken], raw[taken:]
     wanted = rest[0] if len(rest) == 1 else (rest or None)
     if len(inputs) == 1 and len(required) != 1 and isinstance(inputs[0], (tuple, list)):

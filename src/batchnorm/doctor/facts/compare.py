@@ -81,12 +81,13 @@ def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: in
     effect = effect if effect == effect else float("inf")
     judged = False
     for name, better in (("accuracy", 1.0), ("squared_error", -1.0)):
-        three = [getattr(answers, name) for answers in (batch, running, recalibrated)]
+        three = tuple(getattr(answers, name) for answers in (batch, running, recalibrated))
         judged = judged or None not in three
         if None not in three and _lost(name, three, samples):
             gap = better * (three[0] - three[1])
             recovered = better * (three[2] - three[1]) / gap
-            return Comparison(name.replace("_", " "), *three, recovered, effect, samples, True, True)
+            scale = name.replace("_", " ")
+            return Comparison(scale, three[0], three[1], three[2], recovered, effect, samples, True, True)
     run, recal = float((r - b).square().mean()), float((c - b).square().mean())
     recovered = 1 - recal / run if run > 0 else 0.0
     if run != run:  # NaN answers with running statistics, none without
@@ -94,7 +95,7 @@ def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: in
     return Comparison("answers", 0.0, run, recal, recovered, effect, samples, judged)
 
 
-def _lost(name: str, three: list[float], samples: int) -> bool:
+def _lost(name: str, three: tuple[float, ...], samples: int) -> bool:
     """Whether running statistics cost more than chance explains: two points and three standard errors of
     accuracy, a tenth of the squared error."""
     batch, running, _ = three

@@ -21,6 +21,7 @@ _ALWAYS_TRAINING = (
 )  # fmt: skip
 # Position of the `training` argument.
 _BY_ARGUMENT = {"batch_norm": 5, "native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5}
+_ONNX_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _NEVER_TRAINING = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update")
 
 
@@ -179,12 +180,13 @@ def _in_graph(graph: Any, opset: int) -> Iterator[Normalization]:
             continue
         source = made.get(node.input[0])
         training = _onnx_training(node, opset)
-        folds = source is not None and source.op_type in ("Conv", "Gemm", "ConvTranspose") and not training
         mean, var = (
             torch.from_numpy(numpy_helper.to_array(weights[n]).copy()) if n in weights else None
             for n in (*node.input[3:5], "", "")[:2]
         )
-        into = (source.name or source.op_type) if folds and readers[node.input[0]] == 1 else None
+        into = None
+        if source is not None and source.op_type in _ONNX_LAYERS and not training and readers[node.input[0]] == 1:
+            into = source.name or source.op_type
         yield Normalization(node.name or node.output[0], training, node.op_type, into, mean, var)
 
 

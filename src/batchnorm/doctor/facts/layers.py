@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -61,7 +61,7 @@ class Layer:
         return any(t.requires_grad for t in self.affine)
 
 
-def is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
     """torch's, ours, their Sync and Lazy forms; an instance normalization is none, though it inherits alike."""
     return isinstance(module, _BatchNorm) and not isinstance(module, _InstanceNorm)
 
@@ -129,7 +129,9 @@ def _layer(name: str, module: Any, trains: bool, others_learn: bool) -> Layer:
 
 
 def _look_alike(name: str, module: Any) -> Layer:
-    weight, bias = (t if isinstance(t, Tensor) else None for t in (getattr(module, n, None) for n in ("weight", "bias")))
+    weight, bias = (
+        t if isinstance(t, Tensor) else None for t in (getattr(module, n, None) for n in ("weight", "bias"))
+    )
     learns = any(isinstance(t, nn.Parameter) for t in (weight, bias))
     eps = getattr(module, "eps", 1e-5)
     return Layer(

@@ -156,6 +156,8 @@ class Observer(TorchFunctionMode):
         input = _second_axis(call["input"], call.get("feature_axis", 1))
         self._calls[id(layer)] += 1
         seen = self.measured.setdefault(id(layer), Measured())
+        if not layer.num_features and is_batch_norm(layer.module):
+            layer.num_features = layer.module.num_features  # it was lazy until now
         self._check_axis(layer, input)
         if input.dim() < 2 or layer.num_features != input.size(1):
             return func(*args, **kwargs)  # torch says what is wrong

@@ -141,7 +141,9 @@ def _same_contents(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return False
     if isinstance(container, dict):
-        return all(a == b and container[a] is before[b] for a, b in zip(container, before, strict=True))
+        # Keys may be tensors, which compare by value and in pieces.
+        keys = zip(container, before, strict=True)
+        return all((a is b or (isinstance(a, str) and a == b)) and container[a] is before[b] for a, b in keys)
     if isinstance(container, set):
         return bool(container == before)
     return all(a is b for a, b in zip(container, before, strict=True))

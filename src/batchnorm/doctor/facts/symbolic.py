@@ -106,13 +106,9 @@ def _describe_call(new: Node, node: fx.Node) -> None:
 def _functional_layer(name: str, given: dict[str, Any]) -> Layer:
     """Of a functional call a trace knows the settings but no tensors."""
     training = given.get("training", False) is not False
-    vectors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"))
-    return Layer(
-        name, None, "functional", eps=1e-5, momentum=None, **vectors, training=training, frozen=not training
-    )
+    return Layer(name, None, "functional", 1e-5, None, None, None, None, None, training=training, frozen=not training)
 
 
 def _arguments(function: Any, node: fx.Node) -> dict[str, Any]:
     bound = inspect.signature(function).bind_partial(*node.args, **node.kwargs)
     return dict(bound.arguments)
-

@@ -30,5 +30,10 @@ def dead_channel(facts: Facts) -> Iterator[Found]:
             yield Found(
                 layer.name,
                 f"{int(dead.sum())} of {len(var)} channels vary by less than 10·ε",
-                {"dead": int(dead.sum()), "channels": len(var), "smallest_variance": float(var.min()), "eps": layer.eps},
+                {
+                    "dead": int(dead.sum()),
+                    "channels": len(var),
+                    "smallest_variance": float(var.min()),
+                    "eps": layer.eps,
+                },
             )

@@ -21,9 +21,7 @@ def rank_divergence(facts: Facts) -> Iterator[Found]:
     assert facts.ranks is not None
     ranks = facts.ranks
     if not ranks.same_layers:
-        yield Found(
-            "", "the ranks do not have the same batch normalizations", {"ranks": ranks.size}, severity="error"
-        )
+        yield Found("", "the ranks do not have the same batch normalizations", {"ranks": ranks.size}, severity="error")
     # DistributedDataParallel hands rank 0's buffers out before each forward: one update apart is its normal state.
     mean_limit, log2_limit = (MEAN_AWAY, LOG2_AWAY) if ranks.broadcast else (_ROUNDING, _ROUNDING)
     for layer in facts.layers:

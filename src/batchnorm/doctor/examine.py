@@ -147,7 +147,8 @@ def _copy_of_lazy(model: nn.Module) -> nn.Module:
     if not buffers and not any(is_lazy(parameter) for parameter in model.parameters()):
         return model
     # Of what has no shape yet, torch copies parameters but no buffers.
-    return copy.deepcopy(model, {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in buffers})
+    new: Any = UninitializedBuffer
+    return copy.deepcopy(model, {id(b): new(device=b.device, dtype=b.dtype) for b in buffers})
 
 
 def _is_data(batch: Batch) -> bool:
