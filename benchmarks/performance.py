@@ -179,7 +179,7 @@ def page(results: dict[str, dict[str, Any]], memory: dict[str, float], notes: st
             "machine.", "",
             f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}, "
             f"batch {BATCH}, forward and backward. Medians of interleaved runs; *times torch* is torch eager's "
-            "median over ours, so more is better. *In-place torch* adds and rectifies in place, as torchvision does.", "",
+            "median over ours, so more is better. *In-place torch* adds and rectifies in place, like torchvision.", "",
             *summary(results), "", "## Small tensors", "",
             "| module call, forward and backward | allocator | times torch | ours µs | torch µs |",
             "|---|---|---|---|---|",
