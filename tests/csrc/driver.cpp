@@ -122,24 +122,25 @@ void check_moments(const Case& k, const std::vector<std::vector<double>>& found)
 }  // namespace
 
 int main() {
-  const std::int64_t shapes[][3] = {{3, 5, 1}, {7, 33, 1}, {2, 3, 49}, {5, 40, 9}, {1, 1, 20011}, {9, 17, 31}, {300, 12, 64}};
+  const std::int64_t shapes[][3] = {{3, 5, 1}, {7, 33, 1}, {2, 3, 49}, {5, 40, 9}, {1, 1, 20011}, {9, 17, 31}, {130, 12, 64}};
   int cases = 0;
   for (const auto& shape : shapes)
     for (const bool last : {false, true})
       for (const std::int64_t slice : {0, 2})
         for (const bool masked : {false, true})
           for (const bool residual : {false, true})
-            for (const Dtype type : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
-              for (const Act act : {Act::none, Act::relu, Act::silu, Act::tanh}) {
-                if (shape[0] > 100 && (slice || act == Act::tanh)) continue;  // the large one: for the threads
-                const Case k{shape[0], shape[1], shape[2], slice, last && shape[1] > 1, masked, residual, type, act};
-                const auto one = run_case(k, 1);
-                check_moments(k, one);
-                const auto three = run_case(k, 3);
-                for (std::size_t i = 0; i < one.size(); ++i)
-                  require(!std::memcmp(one[i].data(), three[i].data(), one[i].size() * sizeof(double)), "threads change a bit");
-                ++cases;
-              }
+            for (const Dtype type : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+              const Act acts[] = {Act::relu, Act::none, Act::silu, Act::relu, Act::tanh};  // in turn over the cases
+              const bool large = shape[0] > 100;  // for the threads
+              if (large && (slice || residual || type == Dtype::f16)) continue;
+              const Case k{shape[0], shape[1], shape[2], slice, last && shape[1] > 1, masked, residual, type, acts[cases % 5]};
+              const auto one = run_case(k, 1);
+              check_moments(k, one);
+              const auto three = run_case(k, 3);
+              for (std::size_t i = 0; i < one.size(); ++i)
+                require(!std::memcmp(one[i].data(), three[i].data(), one[i].size() * sizeof(double)), "threads change a bit");
+              ++cases;
+            }
   std::printf("%d cases on %s\n", cases, kernels().name);
   return 0;
 }
