@@ -14,6 +14,7 @@ from .moments import Renorm, lengths_to_mask
 if TYPE_CHECKING:
     from .doctor.examine import diagnose
     from .experiment.study import study
+    from .monitor import Monitor
     from .surgery.convert import convert, revert
     from .surgery.fold import fold
     from .surgery.fold_onnx import fold_onnx
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
+    "Monitor": ".monitor",
     "convert": ".surgery",
     "copy_statistics": ".surgery",
     "diagnose": ".doctor",
@@ -46,6 +48,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Monitor",
     "Renorm",
     "__version__",
     "convert",

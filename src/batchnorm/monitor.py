@@ -1,0 +1,243 @@
+"""Floor 6: `Monitor`, what batch normalization does while a model trains, measured on some of the steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as _optimizers
+
+from .doctor.facts.layers import is_batch_norm
+from .doctor.facts.training import in_backward
+from .errors import UserError
+
+__all__ = ["Monitor", "Row", "Writer"]
+
+PERCENTILES = (0.15, 0.5, 0.85)
+# Values of one output that the percentiles are taken of, evenly spaced: their standard error is then about 0.02 σ.
+_VALUES = 4096
+
+
+class Writer(Protocol):
+    """What a row is written to: torch.utils.tensorboard's SummaryWriter, or anything with this method."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer on one sampled step.
+
+    Attributes:
+        step, layer: the model's training forward, counted from 1, and the layer's name.
+        p15, p50, p85: percentiles of the layer's output, what the activation behind it gets.
+        drift: root mean square over channels of the running mean's move since the last row, in √(running_var + ε).
+        log2_drift: the same of the running variance, in powers of two.
+        lag: root mean square distance of the batch's mean from the running one, in √(running_var + ε).
+        values: values a channel in the batch.
+        effective: independent samples that the batch's mean is worth: σ² over the variance of that mean, estimated
+            from the samples' means; between the number of samples and `values` for images.
+        updates_a_step: statistics updates for each optimizer step since the last row (NaN before the first step).
+    """
+
+    step: int
+    layer: str
+    p15: float
+    p50: float
+    p85: float
+    drift: float
+    log2_drift: float
+    lag: float
+    values: int
+    effective: float
+    updates_a_step: float
+
+
+class Monitor:
+    """Watches the batch normalization modules of a model while it trains.
+
+        with Monitor(model, writer=SummaryWriter()) as monitor:
+            train(model)
+        print(monitor.table())
+
+    Every `every`-th training forward is measured; between these a call costs a counter. Functional calls are not
+    watched. Models are left as they were, hooks included.
+
+    Args:
+        model: any module that holds batch normalization.
+        every: sample each so many training forwards; the first is sampled.
+        writer: gets each row's numbers as ``batchnorm/LAYER/NAME``; None keeps them in `rows` alone.
+
+    Raises:
+        UserError: nothing to watch, or an `every` below 1.
+    """
+
+    def __init__(self, model: nn.Module, *, every: int = 50, writer: Writer | None = None) -> None:
+        if every < 1:
+            raise UserError(f"every is {every}, Monitor(every=…), give how many training forwards lie between samples")
+        self.layers = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
+        if not self.layers:
+            raise UserError(f"no batch normalization in {type(model).__name__}, Monitor(model), nothing to watch")
+        self.rows: list[Row] = []
+        self.step = 0
+        self.optimizer_steps = 0
+        self._model, self._every, self._writer = model, every, writer
+        self._names = {id(module): name for name, module in self.layers.items()}
+        self._parameters = {id(p) for p in model.parameters()}
+        self._calls: dict[str, Counter[str]] = {name: Counter() for name in self.layers}
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._counted: dict[str, tuple[int, int]] = {}
+        self._sampling = False
+        self._driven = False
+        self._handles: list[Any] = []
+
+    # --- on and off --------------------------------------------------------------------------------------
+    def __enter__(self) -> Monitor:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Monitor:
+        """Attaches the hooks; what `with` does."""
+        self.stop()
+        self._handles = [
+            self._model.register_forward_pre_hook(self._begin),
+            _optimizers.register_optimizer_step_post_hook(self._stepped),
+        ]
+        for module in self.layers.values():
+            self._handles.append(module.register_forward_hook(self._called))
+        return self
+
+    def stop(self) -> None:
+        """Takes the hooks off. Rows stay."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    # --- hooks -------------------------------------------------------------------------------------------
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if module.training and not in_backward() and not self._driven:
+            self._advance()
+
+    def next_step(self) -> None:
+        """Tells that a training step begins, for trainers that do not call the model itself; from then on only this
+        counts steps."""
+        self._driven = True
+        self._advance()
+
+    def _advance(self) -> None:
+        self.step += 1
+        self._sampling = (self.step - 1) % self._every == 0
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"][:1]):
+            self.optimizer_steps += 1
+
+    def _called(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not module.training:
+            return
+        name = self._names[id(module)]
+        repeated = in_backward()
+        kind = "repeated" if repeated else "with gradient" if torch.is_grad_enabled() else "without gradient"
+        self._calls[name][kind] += 1
+        if self._sampling and not repeated and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            with torch.no_grad():
+                self._sample(name, module, args[0].detach(), output.detach())
+
+    # --- a sample ----------------------------------------------------------------------------------------
+    def _sample(self, name: str, module: Any, input: Tensor, output: Tensor) -> None:
+        if input.dim() < 2 or not input.numel() or not output.numel():
+            return
+        if getattr(module, "feature_axis", 1) != 1:
+            input = input.movedim(module.feature_axis, 1)
+        flat = output.reshape(-1)
+        kept = flat[:: max(1, flat.numel() // _VALUES)].float()
+        percentiles = kept.quantile(torch.tensor(PERCENTILES, device=kept.device)).tolist()
+        mean, values, effective = _effective(input)
+        drift, log2_drift, lag = self._moved(name, module, mean)
+        p15, p50, p85 = percentiles
+        updates = self._updates_a_step(name, module)
+        row = Row(self.step, name, p15, p50, p85, drift, log2_drift, lag, values, effective, updates)
+        self.rows.append(row)
+        if self._writer is not None:
+            for key, value in asdict(row).items():
+                if key not in ("step", "layer") and value == value:
+                    self._writer.add_scalar(f"batchnorm/{name or 'model'}/{key}", value, self.step)
+
+    def _moved(self, name: str, module: Any, mean: Tensor) -> tuple[float, float, float]:
+        """Returns the running statistics' drift since the last row, and the batch's distance from them."""
+        if module.running_mean is None:
+            return 0.0, 0.0, 0.0
+        now = (module.running_mean.float().clone(), module.running_var.float().clone())
+        before = self._last.get(name, now)
+        self._last[name] = now
+        sigma = (now[1] + module.eps).sqrt()
+        drift = ((now[0] - before[0]) / sigma).square().mean().sqrt()
+        log2 = ((now[1] + module.eps) / (before[1] + module.eps)).log2().square().mean().sqrt()
+        lag = ((mean - now[0]) / sigma).square().mean().sqrt()
+        found: list[float] = torch.stack([drift, log2, lag]).tolist()
+        return found[0], found[1], found[2]
+
+    def _updates_a_step(self, name: str, module: Any) -> float:
+        """By the layer's own counter, which also knows updates that no hook saw."""
+        if module.num_batches_tracked is None:
+            return float("nan")
+        now = (int(module.num_batches_tracked), self.optimizer_steps)
+        before = self._counted.get(name)
+        self._counted[name] = now
+        if before is None or now[1] == before[1]:
+            return float("nan")
+        return (now[0] - before[0]) / (now[1] - before[1])
+
+    # --- what was seen -----------------------------------------------------------------------------------
+    def accounting(self) -> dict[str, dict[str, float]]:
+        """Returns per layer the training calls with and without gradient, those that a backward repeated
+        (checkpointing), and how many calls with gradient came to one optimizer step: above 1 is accumulation, or
+        several passes a step as adversarial training has them; calls without gradient move the statistics too, and
+        often are a forgotten ``.eval()``."""
+        steps = self.optimizer_steps
+        return {
+            name: {
+                "with gradient": calls["with gradient"],
+                "without gradient": calls["without gradient"],
+                "repeated": calls["repeated"],
+                "a step": calls["with gradient"] / steps if steps else float("nan"),
+            }
+            for name, calls in self._calls.items()
+        }
+
+    def table(self) -> str:
+        """Returns the last row of every layer and its accounting as a plain text table."""
+        latest = {row.layer: row for row in self.rows}
+        keys = ("p15", "p50", "p85", "drift", "lag", "effective")
+        width = max(len("layer"), *(len(name) for name in self.layers))
+        heading = f"{'layer':<{width}}  {'step':>6}" + "".join(f"{key:>10}" for key in keys)
+        lines = [heading + f"{'calls':>8}{'no grad':>9}{'repeated':>9}{'a step':>8}"]
+        for name, counts in self.accounting().items():
+            row = latest.get(name)
+            numbers = "".join(f"{getattr(row, key):>10.3g}" if row else f"{'-':>10}" for key in keys)
+            lines.append(
+                f"{name:<{width}}  {row.step if row else '-':>6}{numbers}{counts['with gradient']:>8}"
+                f"{counts['without gradient']:>9}{counts['repeated']:>9}{counts['a step']:>8.3g}"
+            )
+        return "\n".join(lines)
+
+
+def _effective(input: Tensor) -> tuple[Tensor, int, float]:
+    """Returns the batch's mean (C,), the values a channel, and how many independent samples that mean is worth: the
+    mean over channels of σ²·N over the variance of the samples' means, at most the values."""
+    x = input.float()
+    samples, values = x.size(0), x.numel() // max(1, x.size(1))
+    each = x.flatten(2).mean(2) if x.dim() > 2 else x
+    mean = each.mean(0)
+    if x.dim() == 2 or samples < 2:
+        return mean, values, float(samples)
+    total = x.transpose(0, 1).flatten(1).var(1, correction=0)
+    worth = samples * total / each.var(0).clamp(min=1e-30)
+    alive = total > 0
+    found = float(worth[alive].clamp(max=values).mean()) if alive.any() else float(samples)
+    return mean, values, found
