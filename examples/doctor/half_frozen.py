@@ -22,9 +22,8 @@ def main() -> tuple[bool, bool]:
 
     model = freeze(train(network(), training, epochs=3))
     after = report("frozen", "BN103", model.train(), test)
-    print(
-        f"the old task after the new data: moving {with_moving:.1%}, held {accuracy(_pass_over(model, other), test):.1%}"
-    )
+    held = accuracy(_pass_over(model, other), test)
+    print(f"the old task after the new data: moving {with_moving:.1%}, held {held:.1%}")
     return before, after
 
 
