@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from batchnorm.experiment.claims import Claim, compute_claims
+from batchnorm.experiment.claims import Claim, _convergence, _Study, compute_claims
 from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
 from batchnorm.experiment.study import _target  # the study's own rule: a copy of it here could fall behind
 
@@ -135,6 +135,12 @@ def claims_of(runs: pd.DataFrame, rates: Select = choose_rates, settings: Select
     return compute_claims(runs, table, baseline=ARMS[0], compared=ARMS[1], budget=BUDGET, chance=CHANCE)
 
 
+def convergence_of(runs: pd.DataFrame, fastest: Select = choose_fastest) -> Claim:
+    """The one claim that rests on the first wave alone, without the time that the other five would take."""
+    table = {arm: {"best_lr": rate, "fastest_lr": rate} for arm, rate in fastest(runs, ARMS).items()}
+    return _convergence(_Study(runs, table, *ARMS, BUDGET, None, CHANCE))
+
+
 def luckiest_rates(runs: pd.DataFrame, arms: tuple[str, ...]) -> dict[str, float]:
     """What a study must not do: every arm's largest mean, however narrowly it won."""
     base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
@@ -146,3 +152,11 @@ def luckiest_settings(runs: pd.DataFrame, arms: tuple[str, ...]) -> dict[str, di
     rows = runs[runs["purpose"] == "choose"]
     means = {arm: rows[rows["arm"] == arm].groupby(keys)["val_accuracy"].mean() for arm in arms}
     return {arm: dict(zip(keys, mean.idxmax(), strict=True)) for arm, mean in means.items()}
+
+
+def luckiest_fastest(runs: pd.DataFrame, arms: tuple[str, ...]) -> dict[str, float]:
+    """What a study must not do: every arm's soonest rate by the mean of octaves, a lost run at twice the budget."""
+    rows = runs[(runs["purpose"] == "choose") & (runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
+    octaves = np.log2(rows["steps_to_target"].fillna(2 * BUDGET).clip(lower=1))
+    means = octaves.groupby([rows["arm"], rows["lr"]]).mean()
+    return {arm: means[arm].idxmin() for arm in arms}
