@@ -154,12 +154,9 @@ class Monitor:
             return
         if getattr(module, "feature_axis", 1) != 1:
             input = input.movedim(module.feature_axis, 1)
-        flat = output.reshape(-1)
-        kept = flat[:: max(1, flat.numel() // _VALUES)].float()
-        percentiles = kept.quantile(torch.tensor(PERCENTILES, device=kept.device)).tolist()
+        p15, p50, p85 = _percentiles(output.reshape(-1))
         mean, values, effective = _effective(input)
         drift, log2_drift, lag = self._moved(name, module, mean)
-        p15, p50, p85 = percentiles
         updates = self._updates_a_step(name, module)
         row = Row(self.step, name, p15, p50, p85, drift, log2_drift, lag, values, effective, updates)
         self.rows.append(row)
@@ -225,6 +222,16 @@ class Monitor:
                 f"{counts['without gradient']:>9}{counts['repeated']:>9}{counts['a step']:>8.3g}"
             )
         return "\n".join(lines)
+
+
+def _percentiles(values: Tensor) -> list[float]:
+    """One sort for all of them: `torch.quantile` takes three times as long."""
+    ordered = values[:: max(1, values.numel() // _VALUES)].float().sort().values
+    places = [p * (len(ordered) - 1) for p in PERCENTILES]
+    low = ordered[[int(place) for place in places]]
+    high = ordered[[min(int(place) + 1, len(ordered) - 1) for place in places]]
+    found: list[float] = low.lerp(high, ordered.new_tensor([place % 1 for place in places])).tolist()
+    return found
 
 
 def _effective(input: Tensor) -> tuple[Tensor, int, float]:

@@ -73,7 +73,10 @@ def _of_loader(facts: Facts, live: list[tuple[Layer, Measured]]) -> Iterator[Fou
     size, last = _batch_sizes(facts.loader)
     if size is None:
         raise NotExamined("the loader has no fixed batch size to look at")
-    norms = [layer for layer in facts.layers if layer.live and (layer.training or not facts.trains)]
+    known = facts.layers
+    if not known and facts.graph is not None:  # functional calls, seen by a trace alone
+        known = [node.owner for node in facts.graph.of_kind("batch_norm")]
+    norms = [layer for layer in known if layer.live and (layer.training or not facts.trains)]
     if not norms:
         return
     per_sample = {layer.name: _values(layer, seen) / max(1, median(seen.batch_samples)) for layer, seen in live}

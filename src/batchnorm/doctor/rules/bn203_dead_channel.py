@@ -10,6 +10,8 @@ _VALUES = 8
 # Under 10·ε of torch's own ε a signal is gone. A layer with a larger ε (1e-3 in the networks that come from
 # TensorFlow) is only blamed above that for a channel far below its others.
 _GONE, _FAR_BELOW = 1e-4, 0.01
+# A new network's signals may all be small, by its initialisation, and grow: there ε must be ten times the variance.
+_GONE_WHEN_NEW = 0.1
 
 
 @rule(
@@ -25,7 +27,8 @@ def dead_channel(facts: Facts) -> Iterator[Found]:
         if seen.pooled.count < _VALUES or not layer.live:
             continue
         var = seen.pooled.var
-        dead = (var < 10 * layer.eps) & ((var < _GONE) | (var < _FAR_BELOW * var.median()))
+        gone = min(_GONE, _GONE_WHEN_NEW * layer.eps) if layer.is_initial else _GONE
+        dead = (var < 10 * layer.eps) & ((var < gone) | (var < _FAR_BELOW * var.median()))
         if dead.any():
             yield Found(
                 layer.name,
