@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Kernels, tests and studies run one process a core; more threads than cores only get in each other's way.
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: setup study figure test test-all lint format clean
+.PHONY: sanitize setup study figure test test-all lint format clean
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ test-all: $(READY)
 figure: $(READY)
 	$(BIN)/python benchmarks/readme_figure.py study docs/images/study.png
 	$(BIN)/python benchmarks/readme_claims.py study README.md
+
+# The CPU kernels under ASan + UBSan and under TSan, without torch.
+sanitize:
+	scripts/sanitize.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .

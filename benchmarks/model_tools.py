@@ -76,8 +76,8 @@ class Logits(nn.Module):
 # network → (how it is made, batch size, image size)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "ResNet-18 (CIFAR)": (cifar_resnet18, 32, 32),
-    "MobileNetV2": (lambda: Logits("MobileNetV2", classifier_dropout_prob=0.0), 16, 96),
-    "MobileNetV1": (lambda: Logits("MobileNetV1", classifier_dropout_prob=0.0), 16, 96),
+    "MobileNetV2": (lambda: Logits("MobileNetV2", classifier_dropout_prob=0.0), 16, 224),
+    "MobileNetV1": (lambda: Logits("MobileNetV1", classifier_dropout_prob=0.0), 16, 224),
     "ResNet-50": (lambda: Logits("ResNet"), 8, 96),
     "RegNet": (lambda: Logits("RegNet"), 8, 96),
     "EfficientNet-B0": (

@@ -1,4 +1,4 @@
-"""Write a study's claims into the README between its two marks: `python benchmarks/readme_claims.py STUDY README.md`."""
+"""Write a study's claims into the README, between its marks: `python benchmarks/readme_claims.py STUDY README.md`."""
 
 import json
 import sys

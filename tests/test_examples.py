@@ -44,6 +44,14 @@ def test_fine_tune_frozen():
     assert accuracy_frozen > accuracy + 3
 
 
+def test_model_tools():
+    rows = numbers("model_tools")
+    *_, accuracy, _channels, folded, _, _, _, exported = rows
+    assert accuracy[0] > 0.8
+    assert folded[:2] == [3, 3]
+    assert exported[0] < 1e-4
+
+
 @pytest.mark.slow
 def test_two_processes():
     (alone,), (together,) = (row[:1] for row in numbers("two_processes"))

@@ -194,21 +194,21 @@ def _remember(layer: _Layer, memory: Memory, moments: Moments, domain: int) -> N
         pending.clear()
         # slices stay slices; whole micro-batches become the one batch of their union
         moments = (mean, var, count) if layer.ghost_batch_size else merge(mean, var, count)
-    buffers: tuple[Tensor | None, ...] = memory[:3]
+    running_mean, running_var, tracked = memory.running_mean, memory.running_var, memory.num_batches_tracked
+    mean, var, count = moments
     kept_here = layer.renorm is not None or layer.accumulation_steps > 1
     refusal = _COMPILED_INSIDE if kept_here else ""
     if layer.nonfinite != "skip":
-        move_buffers(*buffers, *moments, layer.momentum, False, refusal)
+        move_buffers(running_mean, running_var, tracked, mean, var, count, layer.momentum, False, refusal)
         return
     skipped = layer.get_buffer("num_batches_skipped")
-    finite = fused.all_finite(*fused.pooled(*moments)[:2], memory.running_mean)
-    tracked = memory.num_batches_tracked
+    finite = fused.all_finite(*fused.pooled(mean, var, count)[:2], running_mean)
     if layer.momentum is None and tracked is not None:  # the average is over the batches that took part
         took_part = tracked - skipped
-        move_buffers(*buffers[:2], took_part, *moments, None, True, refusal)
+        move_buffers(running_mean, running_var, took_part, mean, var, count, None, True, refusal)
         tracked.add_(1)
     else:
-        move_buffers(*buffers, *moments, layer.momentum, True, refusal)
+        move_buffers(running_mean, running_var, tracked, mean, var, count, layer.momentum, True, refusal)
     skipped.add_(~finite)
 
 

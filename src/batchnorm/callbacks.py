@@ -24,7 +24,7 @@ def lightning_callback(*, every: int = 50, writer: Writer | None = None) -> Any:
     """
     base = _first("lightning", "lightning.pytorch.callbacks:Callback", "pytorch_lightning.callbacks:Callback")
 
-    class BatchNormMonitor(base):  # type: ignore[misc, valid-type]  # a base that is found at run time
+    class BatchNormMonitor(base):  # type: ignore[valid-type,misc]  # known only where the library is installed
         monitor: Monitor | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -54,7 +54,7 @@ def transformers_callback(*, every: int = 50, writer: Writer | None = None) -> A
     """
     base = _first("transformers", "transformers:TrainerCallback")
 
-    class BatchNormMonitor(base):  # type: ignore[misc, valid-type]  # a base that is found at run time
+    class BatchNormMonitor(base):  # type: ignore[valid-type,misc]  # known only where the library is installed
         monitor: Monitor | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -13,7 +13,17 @@ from sklearn.datasets import load_digits
 from batchnorm.experiment.intervals import CensoredSample, Interval, Sample, censored_difference, welch
 from batchnorm.experiment.measures import drift_of_run
 
-from .simulated_study import ARMS, CHANCE, Law, claims_of, draw_study, luckiest_rates
+from .simulated_study import (
+    ARMS,
+    CHANCE,
+    Law,
+    claims_of,
+    convergence_of,
+    draw_rates,
+    draw_study,
+    luckiest_fastest,
+    luckiest_rates,
+)
 
 # A right test fails once in 10,000 draws; the draws are fixed, so it does not fail at all.
 RARE = 1e-4
@@ -91,6 +101,18 @@ def test_taking_the_luckiest_rate_would_find_differences_where_there_are_none() 
         runs = draw_study(rng, (Law(), Law()), seeds=8, rates=luckiest_rates)
         wrong += claims_of(runs, luckiest_rates)["weight_decay"].verdict != "no difference"
     assert wrong > _most(trials)
+
+
+def test_a_fastest_rate_that_loses_runs_does_not_part_two_arms_of_one_network() -> None:
+    # One run in fourteen diverges at the fastest rate, and the next rate takes 1.5 octaves more: whether an arm lost
+    # one of its two choosing runs there must not send the arms to different rates.
+    law = Law(width=3, fast=1.0, bend=6, spread=0.2, cliff=1.3, speed=3)
+    rng, trials, wrong, unlucky = np.random.default_rng(7), 80, 0, 0
+    for _ in range(trials):
+        runs = draw_rates(rng, (law, law), seeds=4)
+        wrong += convergence_of(runs).verdict != "no difference"
+        unlucky += convergence_of(runs, luckiest_fastest).verdict != "no difference"
+    assert wrong <= _most(trials) < unlucky  # the second half proves that the first can fail
 
 
 RATES, DECAYS, DROPOUTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (1e-3, 3e-2), (0.4,)
@@ -179,8 +201,10 @@ def _study_of(trained: pd.DataFrame, rng: np.random.Generator, seeds: int) -> pd
     runs = pd.concat(parts, ignore_index=True)
     chosen = (runs["arm"] == ARMS[0]) & (runs["purpose"] == "choose")
     base = (runs["weight_decay"] == 0) & (runs["dropout"] == 0)
-    target = runs[chosen & base].groupby("lr")["val_accuracy"].median().max()
+    attained = runs[chosen & base].groupby("lr")["val_accuracy"].median().max()
+    target = attained - 1.96 * (attained * (1 - attained) / 350) ** 0.5
     arrived = [np.flatnonzero(curve >= target) for curve in runs["curve"]]
+    runs["steps"] = STEPS[-1]
     runs["steps_to_target"] = [STEPS[hits[0]] if len(hits) else np.nan for hits in arrived]
     return runs
 

@@ -71,7 +71,8 @@ from batchnorm.ops import fused
 ops = torch.ops.batchnorm
 torch.set_num_threads(1)
 digest = hashlib.sha256()
-for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-12), (torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)):
+tolerances = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+for dtype, tolerance in tolerances.items():
     for shape in ((6, 37, 5, 3), (33, 21)):
         for last in (False, True):
             for activation in ("", "relu", "silu", "tanh"):

@@ -118,7 +118,18 @@ def test_primitives_give_the_bits_of_the_fused_operators(case: dict) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("mean", "sd"),
-    [(0, 1), (1e3, 1), (1e6, 1), (-1e6, 1e-1), (0, 1e18), (0, 1e30), (1e30, 1e36), (0, 3e37), (0, 1e-30), (1e-38, 1e-39)],
+    [
+        (0, 1),
+        (1e3, 1),
+        (1e6, 1),
+        (-1e6, 1e-1),
+        (0, 1e18),
+        (0, 1e30),
+        (1e30, 1e36),
+        (0, 3e37),
+        (0, 1e-30),
+        (1e-38, 1e-39),
+    ],
 )
 def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None:
     """Error of at most a few units in the last place of the output, at any mean and spread that float32 can hold."""

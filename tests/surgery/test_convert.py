@@ -18,7 +18,7 @@ from batchnorm.surgery.freeze import is_frozen
 
 from .nets import PreActivation, Residual
 
-ACTIVATIONS = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.25), nn.SiLU(), nn.Hardswish(), nn.Sigmoid(), nn.Tanh()]
+ACTIVATIONS = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.SiLU(), nn.Hardswish(), nn.Sigmoid(), nn.Tanh()]
 
 
 def sequential(activation: nn.Module | None = None) -> nn.Sequential:

@@ -279,3 +279,29 @@ def test_float32_folds_within_its_tolerance_and_runs_exported():
     program = torch.export.export(folded, (x,))
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def exported_nets() -> list[tuple[nn.Module, tuple[int, ...], int]]:
+    """Networks, their inputs' shapes, and how many normalizations fold once exported."""
+    first = [nn.Conv2d(4, 8, 3, padding="same", groups=2, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU()]
+    up = [nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1, groups=2), nn.BatchNorm2d(6)]
+    last = [nn.Flatten(), nn.Linear(6 * 144, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)]
+    shared = nn.Conv2d(3, 3, 1)
+    return [
+        (nn.Sequential(*first, *up, *last), (3, 4, 5, 5), 3),
+        (nn.Sequential(shared, nn.BatchNorm2d(3), nn.ReLU(), shared, nn.BatchNorm2d(3)), (3, 3, 4, 4), 0),
+        (PreActivation(), (3, 3, 8, 8), 0),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("model", "shape", "count"), exported_nets())
+def test_exported_programs(model, shape, count):
+    model, x = trained(copy.deepcopy(model)), torch.randn(shape).double()
+    program = torch.export.export(model, (x,))
+    folded, report = fold(program, (x,))
+    assert len(report.folded) == count, report
+    assert len(report.entries) == sum(isinstance(m, _BatchNorm) for m in model.modules())
+    other = torch.randn_like(x)
+    torch.testing.assert_close(folded(other), model(other), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(program.module()(other), model(other))

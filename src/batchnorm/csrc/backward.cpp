@@ -32,7 +32,7 @@ class Backward : public JobBase {
     if (p_.count) coefficients_.set_through(item, slice(item), channel(item), p_.count[slice(item)]);
   }
   void set_through(const Pool& pool) {
-    parallel(pool, items(), items() * width_ < 4096, [&](std::int64_t begin, std::int64_t end) {
+    parallel(pool, items(), items() * width_ < kLeastSums / 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) set_through(i);
     });
   }

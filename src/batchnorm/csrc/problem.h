@@ -1,6 +1,7 @@
 // The kernels' interface: what a caller (register.cpp, or the sanitizers' driver) fills in and calls.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 
 #include "leaf.h"
@@ -61,6 +62,7 @@ struct Running {
   const double* count = nullptr;  // (rows)
   double factor = 0;              // weight of the new batch
   bool skip_nonfinite = false;
+  double overflow = HUGE_VAL;  // from here on a value is infinite in the buffers' dtype
 };
 void update_running(const Running&);
 

@@ -137,6 +137,18 @@ void backward_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[3] = grad_residual.release();
 }
 
+// The smallest magnitude that rounds to infinity: half a unit in the last place above the largest finite value.
+double overflow(const Tensor& buffer) {
+  Dtype type;
+  STD_TORCH_CHECK(floating(buffer.dtype(), &type), "buffers must be floating-point tensors");
+  switch (type) {
+    case Dtype::f16: return 65520;
+    case Dtype::bf16: return std::ldexp(2 - std::ldexp(1, -8), 127);
+    case Dtype::f32: return std::ldexp(2 - std::ldexp(1, -24), 127);
+    default: return HUGE_VAL;
+  }
+}
+
 void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
@@ -157,6 +169,7 @@ void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   r.mean = mean ? call.doubles(mean, r.c, "running_mean") : nullptr;
   r.var = var ? call.doubles(var, r.c, "running_var") : nullptr;
   r.skip_nonfinite = skip_nonfinite;
+  if (mean && skip_nonfinite) r.overflow = overflow(mean);
   double tracked = 0;
   if (batches) tracked = call.count_batch(batches);
   r.factor = given ? momentum : 1 / tracked;

@@ -22,7 +22,7 @@ void update_running(const Running& r) {
   for (std::size_t c = 0; c < mean.size(); ++c) {
     mean[c] /= total < 1 ? 1 : total;
     var[c] /= free;
-    finite = finite && std::isfinite(mean[c]) && std::isfinite(var[c]);
+    finite = finite && std::fabs(mean[c]) < r.overflow && std::fabs(var[c]) < r.overflow;  // false for NaN
   }
   if (r.skip_nonfinite && !finite) return;
   for (std::size_t c = 0; c < mean.size(); ++c) {

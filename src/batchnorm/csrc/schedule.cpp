@@ -1,7 +1,5 @@
 #include "schedule.h"
 
-#include <cstdlib>
-
 #include <unistd.h>
 
 namespace bn {
@@ -18,10 +16,7 @@ std::int64_t last_level_cache() {
 }  // namespace
 
 bool JobBase::stream_pays(const Problem& p, std::int64_t outputs) {
-  static const std::int64_t cache = [] {
-    const char* e = std::getenv("BN_STREAM_MB");
-    return e ? std::atoll(e) << 20 : last_level_cache();
-  }();
+  static const std::int64_t cache = last_level_cache();
   const std::int64_t bytes = p.n * p.c * p.s * static_cast<std::int64_t>(size_of(p.dtype));
   const std::int64_t run = (p.channels_last ? p.c : p.s) * static_cast<std::int64_t>(size_of(p.dtype));
   // a row that no vector starts at, or a run that is mostly head and tail

@@ -21,7 +21,9 @@ struct Steps {
 };
 
 // Below this many values a second thread costs more than it brings.
-constexpr std::int64_t kLeastWork = 32768;
+constexpr std::int64_t kLeastWork = 65536;
+// The same for sums to be put together: waking the threads takes longer than a few thousand additions.
+constexpr std::int64_t kLeastSums = 65536;
 
 template <class F> void parallel(const Pool& pool, std::int64_t count, bool alone, const F& f) {
   if (alone || pool.threads < 2 || count < 2) return f(0, count);
@@ -60,7 +62,7 @@ template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bo
       for (std::int64_t u = begin; u < end; ++u)
         if (u % most < job.chunks(u / most)) job.reduce(u / most, u % most, partials.data() + u * size);
     });
-    parallel(pool, job.items(), alone, [&](std::int64_t begin, std::int64_t end) {
+    parallel(pool, job.items(), alone || units * size < kLeastSums, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.data() + item * most * size);
     });
   }
@@ -96,7 +98,7 @@ class JobBase {
 
   // Coefficients that need no reduction first.
   void set_affine(const Pool& pool) {
-    parallel(pool, items(), items() * width_ < 4096, [&](std::int64_t begin, std::int64_t end) {
+    parallel(pool, items(), items() * width_ < kLeastSums / 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) coefficients_.set_affine(i, slice(i), channel(i));
     });
   }

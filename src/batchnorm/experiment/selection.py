@@ -43,15 +43,22 @@ def contenders(scores: Scores, level: float = LEVEL, contest: float = _CONTEST) 
 
 
 def choose_together(
-    scores: Mapping[str, Scores], level: float = LEVEL, contest: float = _CONTEST
+    scores: Mapping[str, Scores],
+    level: float = LEVEL,
+    contest: float = _CONTEST,
+    also: Mapping[str, Scores] | None = None,
 ) -> dict[str, Hashable]:
     """One setting an arm, its own best, shared wherever the choosing seeds cannot tell the arms' bests apart.
+
+    A setting that contends by the scores in `also` contends as well; those in `scores` alone say which one wins.
 
     The first and the last arm, which are the ones compared, are settled first; every other arm takes a setting
     already taken if that contends there. Among the settings left, the largest mean over the arms concerned
     wins, then the first in the order of `scores`.
     """
     near = {arm: contenders(own, level, contest) for arm, own in scores.items()}
+    for arm, own in (also or {}).items():
+        near[arm] |= contenders(own, level, contest) if own else set()
     arms = list(scores)
     chosen: dict[str, Hashable] = {}
 
@@ -90,14 +97,19 @@ def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
     """The learning rate at which each arm is soonest at the target, from the same rows' `steps_to_target`.
 
     Scored in octaves of steps. A run that never arrives counts as arriving after twice the budget: which rate is
-    chosen need not be unbiased, what is measured there is.
+    chosen need not be unbiased, what is measured there is. But a rate also contends by the runs that do arrive:
+    where one run in six is lost, one of two arms often loses one of its two choosing runs there and the other arm
+    none, and the price of that run alone would send two equal arms to different rates.
     """
     base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
     never = 2.0 * base["steps"]
     late = base["diverged"].astype(bool) | base["steps_to_target"].isna()
     steps = base["steps_to_target"].where(~late, never).clip(lower=1)
     octaves = base.assign(octaves=-np.log2(steps.astype(float)))
-    chosen = choose_together({arm: _scores(octaves, arm, ["lr"], "octaves") for arm in arms}, contest=_CONTEST_OCTAVES)
+    everyone, arrived = (
+        {arm: _scores(rows, arm, ["lr"], "octaves") for arm in arms} for rows in (octaves, octaves[~late])
+    )
+    chosen = choose_together(everyone, contest=_CONTEST_OCTAVES, also=arrived)
     return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
 
 

@@ -4,5 +4,6 @@
 from . import extension, schemas
 from .activations import ACTIVATIONS, activate
 from .autograd import BatchStatistics, FixedStatistics
+from .triton import register
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "extension", "schemas"]
+__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "extension", "register", "schemas"]

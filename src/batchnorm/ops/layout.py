@@ -36,7 +36,7 @@ def per_slice(values: Tensor, slice_size: int) -> Tensor:
     if missing:
         values = torch.cat([values, values.new_zeros((missing, *values.shape[1:]))])
     return (
-        values.reshape(rows, -1, *values.shape[1:]).sum(1)
+        values.reshape(rows, values.size(0) // rows, *values.shape[1:]).sum(1)
         if values.size(0)
         else values.new_zeros((rows, *values.shape[1:]))
     )

@@ -102,8 +102,9 @@ def apply_around_padding(
         return apply(input, mean, var, weight, bias, residual, *form)
     hole = (~mask.unsqueeze(1) & ~flat(input).isfinite()).view(input.shape)
     out = apply(torch.where(hole, 0.0, input), mean, var, weight, bias, residual, *form)
-    constants = (None if t is None else t.detach() for t in (input, mean, var, weight, bias, residual))
-    return torch.where(hole, apply(*constants, *form), out)
+    weight, bias, residual = (None if t is None else t.detach() for t in (weight, bias, residual))
+    constant = apply(input.detach(), mean.detach(), var.detach(), weight, bias, residual, *form)
+    return torch.where(hole, constant, out)
 
 
 def _grad_affine(

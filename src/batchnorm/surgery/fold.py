@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ..errors import UserError, quote_error
+from .fold_graph import lift
 from .fold_rules import fold_after, fold_before, scale_and_shift
 from .kinds import LAYERS, channel_axis, is_layer, is_norm
 from .replace import names_of, replace_all
@@ -63,7 +64,9 @@ class Folded(NamedTuple):
     report: FoldReport
 
 
-def fold(model: nn.Module, example_inputs: Any, *, tolerance: float | None = None) -> Folded:
+def fold(
+    model: nn.Module | torch.export.ExportedProgram, example_inputs: Any, *, tolerance: float | None = None
+) -> Folded:
     """Folds every batch normalization that can be into the Conv, ConvTranspose or Linear before or after it.
 
     With s = γ/√(σ²+ε) and t = β − μ·s, a layer before becomes W[o]·s_o, s·b + t; a layer after becomes W[o, i]·s_i,
@@ -76,7 +79,8 @@ def fold(model: nn.Module, example_inputs: Any, *, tolerance: float | None = Non
     than the tolerance is taken back.
 
     Args:
-        model: any module, in eval; it is not touched.
+        model: any module, in eval; it is not touched. Or an exported program, whose operators on parameters are made
+            modules first; the result is then its module.
         example_inputs: a tuple of positional arguments, as `torch.export` takes them; also a single tensor, or a
             dict of keyword arguments.
         tolerance: largest |difference| of an output over the largest |output|; None: 1e-10, 1e-4, 1e-2 and
@@ -91,6 +95,8 @@ def fold(model: nn.Module, example_inputs: Any, *, tolerance: float | None = Non
 
     Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     reference = _outputs(model, example_inputs)
     folder = _Folder(model, example_inputs)
     folder.run()
@@ -142,6 +148,8 @@ class _Folder:
                 f"fold: {type(model).__name__} cannot be copied: {quote_error(error)}; fold works on a copy, so make "
                 "the model one that copy.deepcopy takes"
             ) from error
+        if isinstance(self.model, fx.GraphModule):
+            lift(self.model)
         names = [name for name, module in self.model.named_modules() if is_norm(module)]
         self.entries = {name: Fold(name, None, "") for name in names}
         self.refused: dict[str, str] = {}  # folds that did not hold the tolerance

@@ -1,0 +1,219 @@
+"""The study behind docs/performance.md: `python benchmarks/performance.py` (a quarter of an hour on two idle cores).
+
+ResNet-50's and MobileNetV2's batch normalizations, forward and backward, against torch eager and a copy of the tensor:
+medians of interleaved runs in one process, values checked against float64 first. Once with the default malloc, once
+with jemalloc (LD_PRELOAD, where it is installed) on both sides. Peak memory is a process's own, one a contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm import BatchNorm1d, bench
+from batchnorm.bench import layers
+
+# (C, H, W) of every different batch normalization of the two networks, at 224 × 224
+RESNET50 = (
+    "64x112x112 64x56x56 256x56x56 128x56x56 128x28x28 512x28x28 256x28x28 256x14x14 1024x14x14 512x14x14 "
+    "512x7x7 2048x7x7"
+)
+MOBILENETV2 = (
+    "32x112x112 96x112x112 96x56x56 144x56x56 24x56x56 192x28x28 32x28x28 384x14x14 576x14x14 960x7x7 1280x7x7"
+)
+BATCH = 32
+DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
+LARGE = 25e6  # bytes: above the caches, where the traffic bound holds
+
+
+def problems() -> list[tuple[str, bench.Problem]]:
+    """What is timed: the network's name and the problem."""
+    plan = [("ResNet-50", RESNET50, "float32", case) for case in bench.CASES]
+    plan += [("ResNet-50", RESNET50, "bfloat16", "bn+relu"), ("MobileNetV2", MOBILENETV2, "float32", "bn+relu")]
+    return [
+        (network, bench.Problem((BATCH, *map(int, word.split("x"))), dtype, layout, case))
+        for network, words, dtype, case in plan
+        for word in words.split()
+        for layout in bench.LAYOUTS
+    ]
+
+
+def time_one(problem: bench.Problem, seconds: float) -> dict[str, Any]:
+    error = bench.check_values(problem, "cpu")
+    times = bench.interleaved(layers.contenders(problem, "cpu", backward=True), seconds, least=5)
+    spent = {name: vars(timing) for name, timing in times.items()}
+    return {**vars(problem), "error": error, "seconds": spent}
+
+
+def small_call(shape: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """A module call, forward and backward, where all of it is overhead: plain batch normalization."""
+    x, g = torch.randn(shape, requires_grad=True), torch.randn(shape)
+
+    def step(layer: nn.Module) -> Any:
+        def run() -> None:
+            layer(x).backward(g)
+            x.grad = None
+
+        return run
+
+    contenders = {"ours": step(BatchNorm1d(shape[1])), "torch": step(nn.BatchNorm1d(shape[1]))}
+    times = bench.interleaved(contenders, seconds, least=500)
+    return {"shape": shape, "seconds": {name: vars(timing) for name, timing in times.items()}}
+
+
+def peak_memory(contender: str) -> float:
+    """MiB that a BN+ReLU forward and backward of (32, 256, 56, 56) adds to the process at its highest."""
+    problem = bench.Problem((BATCH, 256, 56, 56), "float32", "contiguous", "bn+relu")
+    run = layers.contenders(problem, "cpu", backward=True)[contender]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    rows = []
+    for network, problem in problems():
+        rows.append({"network": network, **time_one(problem, seconds)})
+        print(problem.label, round(ratio(rows[-1]), 2), file=sys.stderr, flush=True)
+    small = [small_call(shape, 2.0) for shape in ((256, 1024), (60, 100))]
+    evaluated = bench.evaluation(bench.Problem((BATCH, 256, 56, 56), "float32", "contiguous", "bn+relu"), seconds=2.0)
+    return {"machine": bench.machine(), "rows": rows, "small": small, "evaluation": evaluated}
+
+
+def ratio(row: dict[str, Any], over: str = "torch", under: str = "ours") -> float:
+    return row["seconds"][over]["p50"] / row["seconds"][under]["p50"]
+
+
+def child(*arguments: str, preload: str | None = None) -> Any:
+    """What this script prints as JSON when run by itself in a process of its own."""
+    environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout)
+
+
+def size(row: dict[str, Any]) -> int:
+    return int(torch.Size(row["shape"]).numel() * torch.empty(0, dtype=layers.DTYPES[row["dtype"]]).itemsize)
+
+
+def pick(result: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if all(row[k] == v for k, v in wanted.items())]
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.geometric_mean(values):.2f}"
+
+
+def summary(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Geometric means, a line a kind of work."""
+    lines = ["| work (geometric mean) | allocator | contiguous | channels_last | both | against in-place torch |"]
+    lines += ["|---|---|---|---|---|---|"]
+    kinds = [("ResNet-50", "float32", case) for case in bench.CASES]
+    kinds += [("ResNet-50", "bfloat16", "bn+relu"), ("MobileNetV2", "float32", "bn+relu")]
+    for network, dtype, case in kinds:
+        for allocator, result in results.items():
+            rows = pick(result, network=network, dtype=dtype, case=case)
+            by_layout = [mean([ratio(r) for r in rows if r["layout"] == name]) for name in bench.LAYOUTS]
+            in_place = mean([ratio(r, "torch_in_place") for r in rows]) if case != "bn" else "–"
+            cells = [f"{network} {case} {dtype}", allocator, *by_layout, mean([ratio(r) for r in rows]), in_place]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"In copies of the tensor, tensors of {LARGE / 1e6:.0f} MB and more, forward and backward:", ""]
+    lines += [
+        "| work | allocator | least traffic | ours, contiguous | ours, channels_last | torch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in bench.CASES:
+        for allocator, result in results.items():
+            rows = [r for r in pick(result, network="ResNet-50", dtype="float32", case=case) if size(r) >= LARGE]
+            ours = [mean([ratio(r, "ours", "copy") for r in rows if r["layout"] == name]) for name in bench.LAYOUTS]
+            theirs = mean([ratio(r, "torch", "copy") for r in rows])
+            cells = [case, allocator, f"{layers.LEAST_COPIES[case]:.1f}", *ours, theirs]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def every_row(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| network | shape | dtype | layout | case | allocator | times torch | copies | ours p20/p50/p80 ms "
+        "| torch p50 ms |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for allocator, result in results.items():
+        for row in result["rows"]:
+            ours, theirs = row["seconds"]["ours"], row["seconds"]["torch"]
+            spread = "/".join(f"{ours[p] * 1e3:.2f}" for p in ("p20", "p50", "p80"))
+            cells = [
+                row["network"], "×".join(map(str, row["shape"])), row["dtype"], row["layout"], row["case"], allocator,
+                f"{ratio(row):.2f}", f"{ratio(row, 'ours', 'copy'):.1f}", spread, f"{theirs['p50'] * 1e3:.2f}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(results: dict[str, dict[str, Any]], memory: dict[str, float], notes: str) -> str:
+    facts = next(iter(results.values()))["machine"]
+    small = [
+        f"| {row['shape'][0]} × {row['shape'][1]} | {allocator} | {ratio(row):.2f} | "
+        f"{row['seconds']['ours']['p50'] * 1e6:.0f} | {row['seconds']['torch']['p50'] * 1e6:.0f} |"
+        for allocator, result in results.items()
+        for row in result["small"]
+    ]
+    evaluated = [
+        f"- {allocator}: {result['evaluation']['speedup']:.2f} × torch, {result['evaluation']['copies']:.2f} copies"
+        for allocator, result in results.items()
+    ]
+    return "\n".join(
+        [
+            "# Performance", "",
+            "Written by `python benchmarks/performance.py`; `batchnorm bench` gives the same kind of figures for your "
+            "machine.", "",
+            f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}, "
+            f"batch {BATCH}, forward and backward. Medians of interleaved runs; *times torch* is torch eager's "
+            "median over ours, so more is better. *In-place torch* adds and rectifies in place, like torchvision.", "",
+            *summary(results), "", "## Small tensors", "",
+            "| module call, forward and backward | allocator | times torch | ours µs | torch µs |",
+            "|---|---|---|---|---|",
+            *small, "", "## Evaluation", "", "BN+ReLU of 32×256×56×56, float32, one pass:", "", *evaluated, "",
+            "## Peak memory", "",
+            "BN+ReLU forward and backward of 32×256×56×56 float32 (98 MiB a tensor), MiB added:", "",
+            "| ours | torch | torch, in place |", "|---|---|---|",
+            f"| {memory['ours']:.0f} | {memory['torch']:.0f} | {memory['torch_in_place']:.0f} |", "",
+            notes, "", "## Every row", "", *every_row(results), "",
+        ]
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--child", choices=("measure", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", default="ours", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=1.5, help="measuring time a row")
+    options = parser.parse_args()
+    if options.child == "peak":
+        print(json.dumps(peak_memory(options.contender)))
+        return
+    if options.child == "measure":
+        print(json.dumps(measure(options.seconds)))
+        return
+    results = {"default malloc": child("--child", "measure", "--seconds", str(options.seconds))}
+    jemalloc = ctypes.util.find_library("jemalloc")
+    if jemalloc:
+        results["jemalloc"] = child("--child", "measure", "--seconds", str(options.seconds), preload=jemalloc)
+    memory = {name: child("--child", "peak", "--contender", name) for name in ("ours", "torch", "torch_in_place")}
+    notes = Path(__file__).with_name("performance_notes.md")
+    DOCS.write_text(page(results, memory, notes.read_text() if notes.exists() else ""))
+    print("\n".join(summary(results)))
+
+
+if __name__ == "__main__":
+    main()
