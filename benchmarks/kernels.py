@@ -116,9 +116,8 @@ def main() -> None:
     shapes = [SHAPES[int(i)] for i in args.shapes.split(",")] if args.shapes else SHAPES
     layouts = ["contiguous", "channels_last"] if args.layout == "both" else [args.layout]
     allocator = "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "default malloc"
-    print(
-        f"torch {torch.__version__}, {args.threads} threads, {allocator}, kernels {'loaded' if extension.LOADED else 'MISSING'}"
-    )
+    kernels = "loaded" if extension.LOADED else "MISSING"
+    print(f"torch {torch.__version__}, {args.threads} threads, {allocator}, kernels {kernels}")
     rows = []
     for layout in layouts:
         for kind in args.kinds.split(","):
