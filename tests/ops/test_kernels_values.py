@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -113,6 +114,19 @@ def test_primitives_give_the_bits_of_the_fused_operators(case: dict) -> None:
     grads = ops.backward_elemt(grad, x, mean, var, weight, bias, residual, mask, *sums, count, *form, True)
     assert torch.equal(grads[0].nan_to_num(), at_once[0].nan_to_num())
     assert torch.equal(grads[1].nan_to_num(), at_once[3].nan_to_num())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_any_choice_of_gradients(wanted: tuple[bool, ...], frozen: bool) -> None:
+    x, grad, residual = (torch.randn(5, 6, 7) for _ in range(3))
+    weight, bias = torch.randn(6), torch.randn(6)
+    form = (1e-5, "relu", 0.0, 0)
+    mean, var, count = ops.stats(x, None, 0)
+    common = (grad, x, mean, var, None if frozen else count, weight, bias, residual, None, *form)
+    every = ops.backward(*common, [True] * 4)
+    for got, full, want in zip(ops.backward(*common, list(wanted)), every, wanted, strict=True):
+        assert torch.equal(got, full) if want else got.numel() == 0
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -12,7 +12,8 @@ const Kernels& choose() {
   const bool only_default = wish && !std::strcmp(wish, "default");
   const bool only_avx2 = wish && !std::strcmp(wish, "avx2");
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // F16C came before AVX2, and older clangs do not know its name here
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && !only_default && !only_avx2) return kernels_avx512();
