@@ -65,6 +65,13 @@ def check_buffers(running_mean: Tensor | None, running_var: Tensor | None, train
                 raise RuntimeError(f"{name} must be defined in evaluation mode")
     elif (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    elif any(
+        buffer is not None and buffer.stride() == (0,) and buffer.numel() > 1 for buffer in (running_mean, running_var)
+    ):
+        raise RuntimeError(
+            "running_mean and running_var are written in training, but more than one element of a buffer refers to a "
+            "single memory location: clone() it first"
+        )
     if any(buffer is not None and buffer.requires_grad for buffer in (running_mean, running_var)):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var")
 
