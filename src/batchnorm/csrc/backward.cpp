@@ -7,14 +7,13 @@ namespace {
 
 class Backward : public JobBase {
  public:
-  explicit Backward(const Problem& p) : JobBase(p, (p.out != nullptr) + (p.grad_residual != nullptr)) {}
+  explicit Backward(const Problem& p)
+      : JobBase(p, p.residual ? 3 : 2, (p.out != nullptr) + (p.grad_residual != nullptr)) {}
 
   void reduce(std::int64_t item, std::int64_t chunk, double* partial) const {
     Slab s = slab(item, chunk);
-    const Leaf& leaf = coefficients_.use(item, s);
-    const Variant v = reduction();
-    for (std::int64_t k = 0; k < 2 * width_; ++k) partial[k] = 0;
-    (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[v](s, partial, partial + width_);
+    if (sums(coefficients_.use(item, s), s, partial)) return;
+    sums(coefficients_.use_wide(item, s), s, partial);
   }
 
   void finish(std::int64_t item, double* partials) {
@@ -37,13 +36,21 @@ class Backward : public JobBase {
     });
   }
 
-  void map(std::int64_t item, std::int64_t chunk) const {
-    Slab s = slab(item, chunk);
+  void map(std::int64_t item, std::int64_t chunk, bool fused) const {
+    Slab s = slab(item, chunk, fused);
     const Leaf& leaf = coefficients_.use(item, s);
     (p_.channels_last ? leaf.elemt_grid : leaf.elemt_line)[elementwise()](s);
   }
 
  private:
+  // False where float32 products may have overflowed or been subnormal: float64 takes them then.
+  bool sums(const Leaf& leaf, const Slab& s, double* partial) const {
+    for (std::int64_t k = 0; k < 2 * width_; ++k) partial[k] = 0;
+    bool sound = (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[reduction()](s, partial, partial + width_);
+    for (std::int64_t k = 0; k < 2 * width_; ++k) sound &= partial[k] - partial[k] == 0;
+    return sound;
+  }
+
   Variant reduction() const {
     if (p_.mask) return any_masked;
     if (p_.act == Act::none) return plain;  // neither activation nor residual reaches dz

@@ -68,12 +68,16 @@ void Coefficients::encode(std::int64_t item) {
 }
 
 const Leaf& Coefficients::use(std::int64_t item, Slab& slab) const {
-  const Kernels& k = kernels();
-  const bool wide = p_.dtype == Dtype::f64 || wide_[static_cast<std::size_t>(item)];
+  if (p_.dtype == Dtype::f64 || wide_[static_cast<std::size_t>(item)]) return use_wide(item, slab);
   slab.coef_width = width_;
-  slab.coef = wide ? static_cast<const void*>(values(item))
-                   : static_cast<const void*>(narrow_.data() + item * kCoefs * width_);
-  return (wide ? k.wide : k.leaf)[static_cast<int>(p_.dtype)];
+  slab.coef = narrow_.data() + item * kCoefs * width_;
+  return kernels().leaf[static_cast<int>(p_.dtype)];
+}
+
+const Leaf& Coefficients::use_wide(std::int64_t item, Slab& slab) const {
+  slab.coef_width = width_;
+  slab.coef = values(item);
+  return kernels().wide[static_cast<int>(p_.dtype)];
 }
 
 }  // namespace bn

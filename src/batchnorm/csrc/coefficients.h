@@ -20,6 +20,8 @@ class Coefficients {
   double center_residue(std::int64_t item, std::int64_t k) const;  // mean - center
   // Points the slab at the item's coefficients and returns the loops that fit their size.
   const Leaf& use(std::int64_t item, Slab& slab) const;
+  // The same in float64, whatever their size.
+  const Leaf& use_wide(std::int64_t item, Slab& slab) const;
 
  private:
   void encode(std::int64_t item);

@@ -7,7 +7,7 @@ namespace {
 
 class Forward : public JobBase {
  public:
-  Forward(const Problem& p, bool writes) : JobBase(p, writes), variant_(variant(p)) {}
+  Forward(const Problem& p, bool writes) : JobBase(p, p.residual && writes ? 2 : 1, writes), variant_(variant(p)) {}
 
   // partial: means, then sums of squared deviations
   void reduce(std::int64_t item, std::int64_t chunk, double* partial) {
@@ -46,8 +46,8 @@ class Forward : public JobBase {
     coefficients_.set_affine(item, at, channel(item));
   }
 
-  void map(std::int64_t item, std::int64_t chunk) const {
-    Slab s = slab(item, chunk);
+  void map(std::int64_t item, std::int64_t chunk, bool fused) const {
+    Slab s = slab(item, chunk, fused);
     const Leaf& leaf = coefficients_.use(item, s);
     (p_.channels_last ? leaf.apply_grid : leaf.apply_line)[variant_](s);
   }
@@ -63,10 +63,10 @@ class Forward : public JobBase {
     return any;
   }
 
-  // shift has room for the sums behind it
+  // shift has room for the sums, each `width_` behind the last
   void shifted(const Leaf& leaf, const Slab& s, std::int64_t channels, double count, double* shift, double* partial) const {
     double *sum = shift + width_, *square = sum + width_;
-    for (std::int64_t k = 0; k < 2 * width_; ++k) sum[k] = 0;
+    for (std::int64_t k = 0; k < channels; ++k) sum[k] = square[k] = 0;
     (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, shift, sum, square);
     const double divisor = count > 0 ? count : 1;
     for (std::int64_t k = 0; k < channels; ++k) {

@@ -35,6 +35,8 @@ struct Slab {
   void* out = nullptr;             // result of apply; grad_input of elemt (may be null there)
   void* grad_residual = nullptr;   // may be null
   std::int64_t runs = 0, length = 0, stride = 0, mask_stride = 0;
+  std::int64_t turn = 0;           // lines: from a run to the one that is taken next; below 0 = from the last run back
+  std::int64_t next = 0;           // lines: from a value to the one that the next item's first pass will read; 0 = none
   std::int64_t channels = 1, channel_stride = 0;  // lines
   const void* coef = nullptr;
   std::int64_t coef_width = 1;     // from one coefficient's values to the next one's
@@ -52,9 +54,9 @@ struct Leaf {
   void (*moments_grid)(const Slab&, const double* shift, double* sum, double* square);
   void (*apply_line[kVariants])(const Slab&);
   void (*apply_grid[kVariants])(const Slab&);
-  // for each channel Σ dz and Σ dz·(x - center), added
-  void (*reduce_line[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
-  void (*reduce_grid[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
+  // for each channel Σ dz and Σ dz·(x - center), added; false where products may have been subnormal
+  bool (*reduce_line[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
+  bool (*reduce_grid[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
   void (*elemt_line[kVariants])(const Slab&);
   void (*elemt_grid[kVariants])(const Slab&);
 };

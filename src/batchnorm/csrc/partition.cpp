@@ -1,5 +1,7 @@
 #include "partition.h"
 
+#include <cstring>
+
 namespace bn {
 namespace {
 
@@ -61,6 +63,7 @@ Slab Partition::slab(std::int64_t slice, std::int64_t chunk, std::int64_t channe
     s.channels = std::min(width_, p_.c - channel);
     s.channel_stride = p_.s;
     s.stride = p_.c * p_.s;
+    s.turn = pieces_ > 1 ? length_ : s.stride;
     s.mask_stride = p_.s;
     const std::int64_t n = slice * per_slice_ + sample;
     x = (n * p_.c + channel) * p_.s + at;
@@ -89,12 +92,14 @@ void Partition::count_mask() {
       const Slab s = slab(slice, chunk, 0);
       const std::int64_t runs = p_.channels_last ? 1 : s.runs, length = p_.channels_last ? s.runs : s.length;
       std::int64_t count = 0, first = -1;
-      for (std::int64_t r = 0; r < runs; ++r)
-        for (std::int64_t i = 0; i < length; ++i)
-          if (s.mask[r * s.mask_stride + i]) {
-            if (first < 0) first = p_.channels_last ? i * s.stride : r * s.stride + i;
-            ++count;
-          }
+      for (std::int64_t r = 0; r < runs; ++r) {
+        const std::uint8_t* mask = s.mask + r * s.mask_stride;
+        for (std::int64_t i = 0; i < length; ++i) count += mask[i] != 0;
+        const void* one = first < 0 && length ? std::memchr(mask, 1, static_cast<std::size_t>(length)) : nullptr;
+        if (!one) continue;
+        const std::int64_t i = static_cast<const std::uint8_t*>(one) - mask;
+        first = p_.channels_last ? i * s.stride : r * s.stride + i;
+      }
       counts_[static_cast<std::size_t>(slice * most_chunks() + chunk)] = static_cast<double>(count);
       firsts_[static_cast<std::size_t>(slice * most_chunks() + chunk)] = std::max<std::int64_t>(first, 0);
     }

@@ -15,7 +15,7 @@ namespace bn {
 // A job has: items(), chunks(item), most_chunks(), partial_size() and work() (values touched);
 //   reduce(item, chunk, partial)  one chunk's sums
 //   finish(item, partials)        all chunks' sums put together; what follows from them
-//   map(item, chunk)              one chunk's output
+//   map(item, chunk, fused)       one chunk's output; `fused`: right after the item's sums, from its last chunk back
 struct Steps {
   bool reduce, map;
 };
@@ -47,20 +47,25 @@ template <class Job> void run_items(Job& job, const Pool& pool, Steps steps, boo
       for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, partials.data() + c * job.partial_size());
       job.finish(item, partials.data());
       // backwards: what was read last is the likeliest to be in cache
-      for (std::int64_t c = chunks; steps.map && c-- > 0;) job.map(item, c);
+      for (std::int64_t c = chunks; steps.map && c-- > 0;) job.map(item, c, true);
     }
     drain_stores();
   });
 }
 
-// A pass at a time: for fewer items than would keep the threads evenly busy.
+// A pass at a time, in the order of memory: for fewer items than would keep the threads evenly busy.
 template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bool alone) {
   const std::int64_t most = job.most_chunks(), units = job.items() * most, size = job.partial_size();
+  const std::int64_t side = job.items_a_slice();  // a slice's items lie side by side, its chunks one behind the other
+  const auto item_of = [&](std::int64_t u) { return u / (side * most) * side + u % side; };
+  const auto chunk_of = [&](std::int64_t u) { return u % (side * most) / side; };
   if (steps.reduce) {
     std::vector<double> partials(static_cast<std::size_t>(units * size));
     parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t u = begin; u < end; ++u)
-        if (u % most < job.chunks(u / most)) job.reduce(u / most, u % most, partials.data() + u * size);
+      for (std::int64_t u = begin; u < end; ++u) {
+        const std::int64_t item = item_of(u), chunk = chunk_of(u);
+        if (chunk < job.chunks(item)) job.reduce(item, chunk, partials.data() + (item * most + chunk) * size);
+      }
     });
     parallel(pool, job.items(), alone || units * size < kLeastSums, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.data() + item * most * size);
@@ -68,8 +73,11 @@ template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bo
   }
   if (!steps.map) return;
   parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t u = end; u-- > begin;)
-      if (u % most < job.chunks(u / most)) job.map(u / most, u % most);
+    // backwards where the first pass has just been here: what was read last is the likeliest to be in cache
+    for (std::int64_t i = 0; i < end - begin; ++i) {
+      const std::int64_t u = steps.reduce ? end - 1 - i : begin + i;
+      if (chunk_of(u) < job.chunks(item_of(u))) job.map(item_of(u), chunk_of(u), false);
+    }
     drain_stores();
   });
 }
@@ -83,11 +91,13 @@ template <class Job> void run(Job& job, const Pool& pool, Steps steps) {
 // What both directions share: items, their slices and channels, and the way to their slabs.
 class JobBase {
  public:
-  JobBase(const Problem& p, std::int64_t outputs)
-      : p_(p), parts_(p), width_(parts_.width()),
-        coefficients_(p, items(), width_), stream_(stream_pays(p, outputs)) {}
+  // Of how many tensors it reads and writes.
+  JobBase(const Problem& p, std::int64_t inputs, std::int64_t outputs)
+      : p_(p), parts_(p), width_(parts_.width()), coefficients_(p, items(), width_),
+        large_(exceeds_cache(p, inputs + outputs)), stream_(outputs && large_ && whole_lines(p)) {}
 
   std::int64_t items() const { return p_.rows() * parts_.items_a_slice(); }
+  std::int64_t items_a_slice() const { return parts_.items_a_slice(); }
   std::int64_t slice(std::int64_t item) const { return item / parts_.items_a_slice(); }
   std::int64_t channel(std::int64_t item) const { return item % parts_.items_a_slice() * width_; }
   std::int64_t channels(std::int64_t item) const { return std::min(width_, p_.c - channel(item)); }
@@ -104,21 +114,28 @@ class JobBase {
   }
 
  protected:
-  Slab slab(std::int64_t item, std::int64_t chunk) const {
-    Slab s = parts_.slab(slice(item), chunk, channel(item));
+  Slab slab(std::int64_t item, std::int64_t chunk) const { return parts_.slab(slice(item), chunk, channel(item)); }
+  // Of a pass that writes; `fused`: the item's own first pass has just been here, the next item's is to come.
+  Slab slab(std::int64_t item, std::int64_t chunk, bool fused) const {
+    Slab s = slab(item, chunk);
     s.stream = stream_;
+    s.turn = fused ? -s.turn : s.channels * s.length;
+    // reading what comes next while this is written: else memory rests in one pass and is the bound in the other
+    if (fused && large_ && !p_.channels_last) s.next = width_ * p_.s;
     return s;
   }
   double* row(double* rows, std::int64_t item) const { return rows + slice(item) * p_.c + channel(item); }
 
-  // Outputs that no cache can hold until someone reads them are written around it: no read for ownership.
-  static bool stream_pays(const Problem& p, std::int64_t outputs);
+  // Such outputs are written around the caches, without a read for ownership: nobody finds them there anyhow.
+  static bool exceeds_cache(const Problem& p, std::int64_t tensors);
+  // Whether most stores are whole cache lines.
+  static bool whole_lines(const Problem& p);
 
   const Problem& p_;
   Partition parts_;
   std::int64_t width_;
   Coefficients coefficients_;
-  bool stream_;
+  bool large_, stream_;
 };
 
 }  // namespace bn

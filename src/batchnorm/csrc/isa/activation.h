@@ -50,13 +50,11 @@ BN_INLINE VD hyperbolic_tangent(VD z) {
   return z;
 }
 
-template <class A> BN_INLINE V<A> rectify(V<A> z) { return z < 0 ? V<A>{} : z; }
-
 template <class A> BN_INLINE V<A> activate(Act act, V<A> z, A negative_slope) {
   const V<A> zero = {};
   switch (act) {
     case Act::none: return z;
-    case Act::relu: return rectify<A>(z);
+    case Act::relu: return rectified(z);
     case Act::relu6: return z < 0 ? zero : (z > 6 ? zero + 6 : z);
     case Act::leaky_relu: return z < 0 ? z * negative_slope : z;
     case Act::silu: return z * sigmoid(z);

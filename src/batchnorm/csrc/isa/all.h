@@ -2,6 +2,8 @@
 
 #include "vec.h"
 #include "activation.h"
+#include "lanes.h"
+#include "sums.h"
 #include "step.h"
 #include "loops.h"
 #include "table.h"

@@ -4,24 +4,6 @@
 namespace bn {
 namespace BN_ISA {
 
-// How a vector touches memory: whole, or its first n lanes.
-struct Whole {
-  template <class T, class A> BN_INLINE V<A> load(const T* p) const { return Memory<T, A>::load(p); }
-  template <class T, class A> BN_INLINE void store(T* p, V<A> v, bool stream) const {
-    if (stream) store_stream<T, A>(p, v);
-    else Memory<T, A>::store(p, v);
-  }
-  template <class A> BN_INLINE V<A> keep(V<A> v, V<A>) const { return v; }
-  int count_of(int all) const { return all; }
-};
-struct Part {
-  int n;
-  template <class T, class A> BN_INLINE V<A> load(const T* p) const { return load_part<T, A>(p, n); }
-  template <class T, class A> BN_INLINE void store(T* p, V<A> v, bool) const { store_part<T, A>(p, v, n); }
-  template <class A> BN_INLINE V<A> keep(V<A> v, V<A> other) const { return first_lanes<A>(n) ? v : other; }
-  int count_of(int) const { return n; }
-};
-
 template <class A> struct Coefs {
   V<A> center, scale, shift, slope, offset;
 };
@@ -38,38 +20,44 @@ template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const Slab& s, std
           mem.template load<A, A>(c + 3 * width), mem.template load<A, A>(c + 4 * width)};
 }
 
-template <class A, class Lanes> BN_INLINE M<A> mask_line(const std::uint8_t* mask, Lanes mem) {
-  M<A> m = {};
-  const int n = mem.count_of(lanes<A>());
-  for (int i = 0; i < lanes<A>(); ++i) m[i] = i < n && mask[i] ? -1 : 0;
-  return m;
-}
-
 template <class T, class A, Variant kind> struct Step {
   using X = V<A>;
 
   static BN_INLINE const T* at(const void* base, std::int64_t i) { return static_cast<const T*>(base) + i; }
   static BN_INLINE T* at(void* base, std::int64_t i) { return static_cast<T*>(base) + i; }
 
+  static BN_INLINE bool reads_residual(const Slab& s) {
+    return kind == relu_residual || ((kind == any || kind == any_masked) && s.residual);
+  }
   // `far` values from here stands what this loop will want soon.
   static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
     ahead(at(s.x, i), far);
     if (backward) ahead(at(s.grad, i), far);
-    if (kind == relu_residual || ((kind == any || kind == any_masked) && s.residual)) ahead(at(s.residual, i), far);
+    if (reads_residual(s)) ahead(at(s.residual, i), far);
+  }
+  // `s.next` values from here stands what the next item's first pass will want.
+  static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {
+    far_ahead(at(s.x, i), s.next);
+    if (backward) far_ahead(at(s.grad, i), s.next);
+    if (backward && reads_residual(s)) far_ahead(at(s.residual, i), s.next);
+  }
+  template <int columns> static BN_INLINE void prefetch_row(const Slab& s, std::int64_t i) {
+    ahead_row<T, A, columns>(at(s.x, 0), i);
+    ahead_row<T, A, columns>(at(s.grad, 0), i);
+    if (reads_residual(s)) ahead_row<T, A, columns>(at(s.residual, 0), i);
   }
 
   // z, by the same expression forward and backward: the activation's derivative sees the z that the output saw.
   template <class Lanes>
   static BN_INLINE X affine(const Slab& s, const Coefs<A>& c, X centered, std::int64_t i, Lanes mem) {
     X z = centered * c.scale + c.shift;
-    if (kind == relu_residual || ((kind == any || kind == any_masked) && s.residual))
-      z += mem.template load<T, A>(at(s.residual, i));
+    if (reads_residual(s)) z += mem.template load<T, A>(at(s.residual, i));
     return z;
   }
 
   template <class Lanes> static BN_INLINE void apply(const Slab& s, const Coefs<A>& c, std::int64_t i, Lanes mem) {
     X z = affine(s, c, mem.template load<T, A>(at(s.x, i)) - c.center, i, mem);
-    if (kind == relu || kind == relu_residual) z = rectify<A>(z);
+    if (kind == relu || kind == relu_residual) z = rectified(z);
     if (kind == any || kind == any_masked) z = activate<A>(s.act, z, static_cast<A>(s.negative_slope));
     mem.template store<T, A>(at(s.out, i), z, s.stream);
   }
@@ -88,8 +76,7 @@ template <class T, class A, Variant kind> struct Step {
   static BN_INLINE M<A> sound(M<A> real, X centered) { return real | (centered - centered == 0); }
 
   template <class Lanes>
-  static BN_INLINE void reduce(const Slab& s, const Coefs<A>& c, M<A> real, std::int64_t i, Lanes mem, Doubles& sum,
-                               Doubles& sum_x) {
+  static BN_INLINE void reduce(const Slab& s, const Coefs<A>& c, M<A> real, std::int64_t i, Lanes mem, X* part) {
     X centered = mem.template load<T, A>(at(s.x, i)) - c.center;
     X dz = mem.template keep<A>(grad_affine(s, c, centered, i, mem), X{});
     centered = mem.template keep<A>(centered, X{});
@@ -98,8 +85,8 @@ template <class T, class A, Variant kind> struct Step {
       dz = use ? dz : X{};
       centered = use ? centered : X{};
     }
-    add(sum, doubles(dz));
-    add_product(sum_x, doubles(dz), doubles(centered));
+    part[0] += dz;
+    part[1] += dz * centered;
   }
 
   template <class Lanes>

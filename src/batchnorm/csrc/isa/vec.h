@@ -7,6 +7,7 @@ namespace bn {
 namespace BN_ISA {
 
 #define BN_INLINE inline __attribute__((always_inline))
+#define BN_ALWAYS __attribute__((always_inline))  // behind a lambda's parameters
 
 constexpr int kBytes = BN_VECTOR_BYTES;
 typedef float VF __attribute__((vector_size(kBytes)));
@@ -33,6 +34,12 @@ template <> struct Simd<double> {
 template <class A> using V = typename Simd<A>::V;
 template <class A> using M = typename Simd<A>::M;
 template <class A> constexpr int lanes() { return kBytes / static_cast<int>(sizeof(A)); }
+
+// f(0), f(1), ... written out: an array of vectors indexed by constants stays in registers, by a loop's variable it does not.
+template <class F, int... I> BN_INLINE void each(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int n, class F> BN_INLINE void unrolled(const F& f) { each(f, std::make_integer_sequence<int, n>{}); }
 
 template <class To, class From> BN_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -234,9 +241,50 @@ template <class X> BN_INLINE void loaded(X& x) {
 }
 
 // Reads ahead of a stream. The address may lie beyond the tensor: a prefetch faults never.
-template <class T> BN_INLINE void ahead(const T* p, std::int64_t values) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(values) * sizeof(T)));
+template <class T> BN_INLINE const void* beyond(const T* p, std::int64_t values) {
+  return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(values) * sizeof(T));
 }
+template <class T> BN_INLINE void ahead(const T* p, std::int64_t values) { __builtin_prefetch(beyond(p, values)); }
+// The same into the second-level cache, for what the next pass will read.
+template <class T> BN_INLINE void far_ahead(const T* p, std::int64_t values) { __builtin_prefetch(beyond(p, values), 0, 2); }
+
+// A byte a value as a mask over lanes; of a part, the lanes beyond it are off.
+#if BN_VECTOR_BYTES == 64
+BN_INLINE VI mask_lanes(const std::uint8_t* p, int n, float) {
+  const __m128i b = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1u), p);
+  return bits<VI>(_mm512_movm_epi32(_mm_test_epi8_mask(b, b)));
+}
+#elif BN_VECTOR_BYTES == 32
+BN_INLINE VI mask_lanes(const std::uint8_t* p, int n, float) {
+  std::uint64_t b = 0;
+  if (n == 8) std::memcpy(&b, p, 8);
+  else std::memcpy(&b, p, static_cast<std::size_t>(n));
+  return bits<VI>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(b)))) != 0;
+}
+#else
+BN_INLINE VI mask_lanes(const std::uint8_t* p, int n, float) {
+  VI m = {};
+  for (int i = 0; i < lanes<float>(); ++i) m[i] = i < n && p[i] ? -1 : 0;
+  return m;
+}
+#endif
+BN_INLINE VL mask_lanes(const std::uint8_t* p, int n, double) {
+  VL m = {};
+  for (int i = 0; i < lanes<double>(); ++i) m[i] = i < n && p[i] ? -1 : 0;
+  return m;
+}
+
+// max(0, z) as the processors have it: z where it is NaN.
+#if BN_VECTOR_BYTES == 64
+BN_INLINE VF rectified(VF z) { return bits<VF>(_mm512_max_ps(_mm512_setzero_ps(), bits<__m512>(z))); }
+#elif BN_VECTOR_BYTES == 32
+BN_INLINE VF rectified(VF z) { return bits<VF>(_mm256_max_ps(_mm256_setzero_ps(), bits<__m256>(z))); }
+#elif defined(__x86_64__)
+BN_INLINE VF rectified(VF z) { return bits<VF>(_mm_max_ps(_mm_setzero_ps(), bits<__m128>(z))); }
+#else
+BN_INLINE VF rectified(VF z) { return z < 0 ? VF{} : z; }
+#endif
+BN_INLINE VD rectified(VD z) { return z < 0 ? VD{} : z; }
 
 // --- float64 accumulators ---------------------------------------------------------------------------------------
 #if BN_VECTOR_BYTES == 64
@@ -271,11 +319,13 @@ BN_INLINE void add_product(Doubles& sum, Doubles u, Doubles v) {
   sum.a += u.a * v.a;
   sum.b += u.b * v.b;
 }
-BN_INLINE double total(Doubles d) {
-  double result = 0;
-  for (int i = 0; i < lanes<double>(); ++i) result += d.a[i];
-  for (int i = 0; i < lanes<double>(); ++i) result += d.b[i];
-  return result;
+BN_INLINE double total(Doubles d) {  // in pairs: the same for a given vector length
+  VD v = d.a + d.b;
+  double each[lanes<double>()];
+  convert(each, v);
+  for (int n = lanes<double>() / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) each[i] += each[i + n];
+  return each[0];
 }
 
 }  // namespace BN_ISA
