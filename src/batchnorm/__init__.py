@@ -10,6 +10,7 @@ from ._version import __version__
 from .bookkeeping import use_domain
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
+from .ops.extension import empty_cache
 
 if TYPE_CHECKING:
     from .doctor.examine import diagnose
@@ -54,6 +55,7 @@ __all__ = [
     "convert",
     "copy_statistics",
     "diagnose",
+    "empty_cache",
     "fold",
     "fold_onnx",
     "freeze",

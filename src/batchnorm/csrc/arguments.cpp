@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "blocks.h"
+
 namespace bn {
 namespace {
 
@@ -118,9 +120,8 @@ Pool Call::pool() const {
 }
 
 Tensor Call::new_output() const {
-  Tensor out = empty_like(input);
-  prepare_pages(out.data(), static_cast<std::size_t>(problem.n * problem.c * problem.s) * step(problem.dtype));
-  return out;
+  const std::size_t bytes = static_cast<std::size_t>(problem.n * problem.c * problem.s) * step(problem.dtype);
+  return bytes < kLeastBlock ? empty_like(input) : large_empty_like(input, bytes);
 }
 
 Tensor Call::new_rows() const { return empty({problem.rows(), problem.c}, aoti_torch_dtype_float64()); }

@@ -66,7 +66,4 @@ struct Running {
 };
 void update_running(const Running&);
 
-// Asks for huge pages behind a large fresh tensor before its first write, so that it is not faulted in 4 KiB at a time.
-void prepare_pages(void* data, std::size_t bytes);
-
 }  // namespace bn

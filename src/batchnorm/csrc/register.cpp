@@ -1,5 +1,6 @@
 // The operators of src/batchnorm/ops/schemas.py for the CPU: arguments in, a Problem filled, a kernel called.
 #include "arguments.h"
+#include "blocks.h"
 
 namespace bn {
 namespace {
@@ -178,7 +179,14 @@ void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (var) call.write_back(var, r.var);
 }
 
+void empty_cache_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  stack[0] = torch::stable::detail::from(static_cast<std::int64_t>(empty_cache()));
+}
+
 }  // namespace
+
+// No tensor tells this one its device.
+STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) { m.impl("empty_cache", &empty_cache_boxed); }
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("stats", &stats_boxed);

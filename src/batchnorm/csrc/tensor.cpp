@@ -2,6 +2,18 @@
 
 #include <memory>
 
+#include "blocks.h"
+
+// Since torch 2.11; an extension for 2.10 and later may not count on it. Null where torch does not have it.
+#if defined(__GNUC__) && !defined(__APPLE__)
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, std::int64_t ndim, const std::int64_t* sizes, const std::int64_t* strides, std::int64_t storage_offset,
+    std::int32_t dtype, std::int32_t device_type, std::int32_t device_index, AtenTensorHandle* result,
+    std::int32_t layout, const std::uint8_t* opaque_metadata, std::int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+#define BN_FROM_BLOB 1
+#endif
+
 namespace bn {
 
 std::int64_t Tensor::dim() const {
@@ -96,6 +108,23 @@ Tensor empty_like(const Tensor& like) {
                                  0, &handle),
         "empty_like");
   return Tensor(handle);
+}
+
+Tensor large_empty_like(const Tensor& like, std::size_t bytes) {
+#if defined(BN_FROM_BLOB)
+  Block* const block = torch_from_blob ? take_block(bytes) : nullptr;
+  if (block) {
+    AtenTensorHandle handle;
+    const auto code = torch_from_blob(
+        block->data, like.dim(), like.sizes(), like.strides(), 0, like.dtype(), aoti_torch_device_type_cpu(), -1, &handle,
+        aoti_torch_layout_strided(), nullptr, 0, [](void*, void* context) { give_block(static_cast<Block*>(context)); }, block);
+    if (code == 0) return Tensor(handle);
+    give_block(block);
+  }
+#else
+  (void)bytes;
+#endif
+  return empty_like(like);
 }
 
 Tensor dense_like(const Tensor& from, bool channels_last) {

@@ -53,6 +53,7 @@ class Tensor {
 Tensor empty(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& strides, std::int32_t dtype);
 Tensor empty(const std::vector<std::int64_t>& sizes, std::int32_t dtype);  // contiguous
 Tensor empty_like(const Tensor& like);                                     // same sizes, strides and dtype
+Tensor large_empty_like(const Tensor& like, std::size_t bytes);            // the same, in a block that is kept for reuse
 Tensor dense_like(const Tensor& from, bool channels_last);                 // same sizes and dtype, one of our layouts
 void copy(const Tensor& to, const Tensor& from);
 

@@ -104,6 +104,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "update_running_once_": (fused.update_running_once_, _fake_update_running_),
 }
 
+_LIBRARY.define("empty_cache() -> int")  # the compiled kernels' own, see extension.empty_cache
+
 for _name, _schema in SCHEMAS.items():
     _kernel, _fake = _IMPLEMENTATIONS[_name]
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
