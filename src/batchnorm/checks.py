@@ -35,45 +35,57 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
         )
 
 
-def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
+def check_vectors(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
     """Every given per-channel vector: C elements, a dtype that goes with the input's, its device."""
     channels, dtype, device = input.size(1), input.dtype, input.device
-    for name, vector in vectors.items():
+    for place, vector in enumerate((running_mean, running_var, weight, bias)):
         if vector is None:
             continue
-        if vector.numel() != channels or vector.dim() != 1:
-            raise RuntimeError(
-                f"{name} should contain {channels} elements not {vector.numel()}: "
-                f"the channel axis of the input {tuple(input.shape)} is axis 1"
-            )
-        if vector.dtype != dtype and not (dtype in _HALF and vector.dtype == torch.float32):
-            raise RuntimeError(
-                f"batch_norm: an input of {dtype} takes {name} of {dtype}"
-                f"{' or torch.float32' if dtype in _HALF else ''}, got {vector.dtype}"
-            )
-        if vector.device != device:
-            raise RuntimeError(
-                f"batch_norm: expected all tensors on one device: the input is on {device}, {name} on {vector.device}"
-            )
+        if (
+            vector.dim() != 1
+            or vector.size(0) != channels
+            or (vector.dtype is not dtype and not (dtype in _HALF and vector.dtype is torch.float32))
+            or vector.device != device
+        ):
+            _refuse_vector(input, ("running_mean", "running_var", "weight", "bias")[place], vector)
+
+
+def _refuse_vector(input: Tensor, name: str, vector: Tensor) -> None:
+    channels, dtype = input.size(1), input.dtype
+    if vector.numel() != channels or vector.dim() != 1:
+        raise RuntimeError(
+            f"{name} should contain {channels} elements not {vector.numel()}: "
+            f"the channel axis of the input {tuple(input.shape)} is axis 1"
+        )
+    if vector.device != input.device:
+        raise RuntimeError(
+            f"batch_norm: expected all tensors on one device: the input is on {input.device}, {name} on {vector.device}"
+        )
+    raise RuntimeError(
+        f"batch_norm: an input of {dtype} takes {name} of {dtype}"
+        f"{' or torch.float32' if dtype in _HALF else ''}, got {vector.dtype}"
+    )
 
 
 def check_buffers(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
-    """Both buffers or neither; both in evaluation; no gradient through them."""
-    if not training:
-        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-            if buffer is None:
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
-    elif (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    elif any(
-        buffer is not None and buffer.stride() == (0,) and buffer.numel() > 1 for buffer in (running_mean, running_var)
-    ):
-        raise RuntimeError(
-            "running_mean and running_var are written in training, but more than one element of a buffer refers to a "
-            "single memory location: clone() it first"
-        )
-    if any(buffer is not None and buffer.requires_grad for buffer in (running_mean, running_var)):
-        raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var")
+    """Both buffers or neither; both in evaluation; no gradient through them; none that overlaps itself."""
+    if running_mean is None or running_var is None:
+        if not training:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"{missing} must be defined in evaluation mode")
+        if running_mean is not running_var:
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        return
+    for buffer in (running_mean, running_var):
+        if buffer.requires_grad:
+            raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var")
+        if training and buffer.stride() == (0,) and buffer.numel() > 1:
+            raise RuntimeError(
+                "running_mean and running_var are written in training, but more than one element of a buffer refers "
+                "to a single memory location: clone() it first"
+            )
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:

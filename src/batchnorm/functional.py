@@ -22,7 +22,7 @@ from .moments import (
     resolve,
     sourced_batch_norm,
 )
-from .ops import BatchStatistics, FixedStatistics, activate, fused
+from .ops import BatchStatistics, FixedStatistics, TrainingCall, activate, fused
 
 __all__ = ["Buffers", "batch_norm", "batch_norm_pure", "batch_norm_with_moments", "lengths_to_mask"]
 
@@ -116,6 +116,13 @@ def batch_norm(
     checks.check_words(activation, nonfinite)
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
+    simple = training and running_mean is not None and renorm is None and process_group is None
+    if simple and input.dim() > 1 and not torch.compiler.is_compiling() and not runs_where_we_are_not():
+        if not recomputing():
+            return _training_call(
+                input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
+                nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
+            )  # fmt: skip
     plain = all(v is None for v in (mask, ghost_batch_size, renorm, process_group)) and nonfinite == "propagate"
     # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
     plain = plain and (momentum is not None or running_mean is None)
@@ -132,6 +139,26 @@ def batch_norm(
     if moments is not None and running_mean is not None and not recomputing():
         move_buffers(running_mean, running_var, num_batches_tracked, *moments, momentum, nonfinite == "skip")
     return out
+
+
+def _training_call(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    skip_nonfinite: bool,
+    form: tuple[float, str, float, int],
+) -> Tensor:
+    """A layer's eager training call, in one operator: what a small tensor's time goes into is all the rest."""
+    running_mean, running_var, _ = buffers
+    checks.check_input(input, True, form[0], form[3] or None, synchronised=False)
+    checks.check_buffers(running_mean, running_var, True)
+    checks.check_vectors(input, running_mean, running_var, weight, bias)
+    real = None if mask is None else flat_mask(mask, input)
+    return TrainingCall.apply(input, weight, bias, residual, real, buffers, momentum, skip_nonfinite, form)
 
 
 def batch_norm_with_moments(
@@ -161,7 +188,7 @@ def batch_norm_with_moments(
     group = resolve(process_group) if training else None
     checks.check_input(input, training, eps, ghost_batch_size, synchronised=group is not None)
     checks.check_buffers(running_mean, running_var, training)
-    checks.check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    checks.check_vectors(input, running_mean, running_var, weight, bias)
     real = None if mask is None else flat_mask(mask, input)
     affine = (weight, bias, residual)
     if not training:

@@ -170,12 +170,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             or (self.training and (self.renorm is not None or self.nonfinite == "skip"))
         ):
             return kept_forward(self, input, residual, mask, domain)
-        keep = self.track_running_stats or not self.training or self.frozen
-        training = self.uses_batch_statistics()
+        # read once: each look at a buffer or parameter is a search through nn.Module's dictionaries
+        mean, var, frozen = self.running_mean, self.running_var, self.frozen
+        training = not frozen and (self.training or (mean is None and var is None))
+        keep = self.track_running_stats or not self.training or frozen
         return batch_norm(
             input,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
+            mean if keep else None,
+            var if keep else None,
             self.weight,
             self.bias,
             training,

@@ -24,7 +24,7 @@ class Coefficients {
   const Leaf& use_wide(std::int64_t item, Slab& slab) const;
 
  private:
-  void encode(std::int64_t item);
+  void encode(std::int64_t item, int begin, int end);  // these coefficients, in the loops' type
   std::int64_t channels(std::int64_t first) const { return p_.c - first < width_ ? p_.c - first : width_; }
   double* values(std::int64_t item) { return values_.data() + item * kCoefs * width_; }
   const double* values(std::int64_t item) const { return values_.data() + item * kCoefs * width_; }
@@ -32,7 +32,7 @@ class Coefficients {
   const Problem& p_;
   std::int64_t width_;
   std::vector<double> values_;
-  std::vector<double> residue_;
+  std::vector<double> residue_, invstd_;
   std::vector<float> narrow_;
   std::vector<char> wide_;
 };

@@ -64,6 +64,7 @@ struct Leaf {
 struct Kernels {
   const char* name;
   int vector_bytes;
+  void (*invstd)(const double* var, double eps, std::int64_t n, double* out);
   Leaf leaf[kDtypes];
   Leaf wide[kDtypes];  // float64 arithmetic on the same data, for magnitudes that float32 coefficients cannot hold
 };

@@ -150,16 +150,9 @@ double overflow(const Tensor& buffer) {
   }
 }
 
-void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  Arguments in(stack);
-  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
-  Call call;
-  call.mean = in.tensor();
-  call.var = in.tensor();
-  call.count = in.tensor();
-  double momentum = 0;
-  const bool given = in.optional_number(&momentum);
-  const bool skip_nonfinite = in.flag();
+// The buffers, moved by the moments that the call holds.
+void move_buffers(Call& call, const Tensor& mean, const Tensor& var, const Tensor& batches, bool given, double momentum,
+                  bool skip_nonfinite) {
   STD_TORCH_CHECK(given || batches, "momentum=None averages all batches and needs num_batches_tracked");
   Running r;
   r.c = call.mean.sizes()[call.mean.dim() - 1];
@@ -179,6 +172,40 @@ void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (var) call.write_back(var, r.var);
 }
 
+void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments in(stack);
+  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
+  Call call;
+  call.mean = in.tensor();
+  call.var = in.tensor();
+  call.count = in.tensor();
+  double momentum = 0;
+  const bool given = in.optional_number(&momentum);
+  move_buffers(call, mean, var, batches, given, momentum, in.flag());
+}
+
+void forward_update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments in(stack);
+  Call call;
+  call.input = in.tensor();
+  call.take_affine(in);
+  call.mask = in.optional_tensor();
+  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
+  double momentum = 0;
+  const bool given = in.optional_number(&momentum), skip_nonfinite = in.flag();
+  call.take_form(in);
+  call.prepare();
+  call.new_moments();
+  Tensor out = call.new_output();
+  call.problem.out = out.data();
+  forward(call.problem, call.pool());
+  move_buffers(call, mean, var, batches, given, momentum, skip_nonfinite);
+  stack[0] = out.release();
+  stack[1] = call.mean.release();
+  stack[2] = call.var.release();
+  stack[3] = call.count.release();
+}
+
 void empty_cache_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = torch::stable::detail::from(static_cast<std::int64_t>(empty_cache()));
 }
@@ -196,6 +223,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("backward_elemt", &backward_elemt_boxed);
   m.impl("backward", &backward_boxed);
   m.impl("update_running_", &update_running_boxed);
+  m.impl("forward_update_running_", &forward_update_running_boxed);
 }
 
 }  // namespace bn

@@ -3,7 +3,16 @@
 # schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
 from . import extension, schemas
 from .activations import ACTIVATIONS, activate
-from .autograd import BatchStatistics, FixedStatistics
+from .autograd import BatchStatistics, FixedStatistics, TrainingCall
 from .triton import register
 
-__all__ = ["ACTIVATIONS", "BatchStatistics", "FixedStatistics", "activate", "extension", "register", "schemas"]
+__all__ = [
+    "ACTIVATIONS",
+    "BatchStatistics",
+    "FixedStatistics",
+    "TrainingCall",
+    "activate",
+    "extension",
+    "register",
+    "schemas",
+]

@@ -15,6 +15,7 @@ from . import reference
 
 # The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
 _forward = torch.ops.batchnorm.forward.default
+_forward_update_running_ = torch.ops.batchnorm.forward_update_running_.default
 _apply = torch.ops.batchnorm.apply.default
 _backward = torch.ops.batchnorm.backward.default
 
@@ -89,6 +90,35 @@ class BatchStatistics(_Function):
         ctx.mark_non_differentiable(mean, var, count)
         ctx.set_materialize_grads(False)
         return out, mean, var, count
+
+
+class TrainingCall(_Function):
+    """`BatchStatistics` that moves the buffers (running_mean, running_var, num_batches_tracked) and returns the output.
+
+    In a tuple the buffers are no inputs to autograd: nothing looks at them again, and a small tensor's call is cheaper
+    by a third. For eager calls only: a compiler must see what is written to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        buffers: tuple[Tensor, Tensor, Tensor | None],
+        momentum: float | None,
+        skip_nonfinite: bool,
+        form: tuple[float, str, float, int],
+    ) -> Tensor:
+        out, mean, var, count = _forward_update_running_(
+            input, weight, bias, residual, mask, *buffers, momentum, skip_nonfinite, *form
+        )
+        ctx.save_for_backward(input, mean, var, count, weight, bias, residual if form[1] else None, mask)
+        ctx.form, ctx.inputs = form, 9
+        ctx.set_materialize_grads(False)
+        return out
 
 
 class FixedStatistics(_Function):

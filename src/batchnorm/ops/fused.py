@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -149,6 +151,27 @@ def update_running_(
     for buffer, new in zip(buffers, news, strict=True):
         if buffer is not None and new is not None:
             buffer.copy_(new)
+
+
+def forward_update_running_(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    *form: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, and the buffers moved by what it found: a layer's training call, of which small ones pay for two."""
+    out, mean, var, count = torch.ops.batchnorm.forward.default(input, weight, bias, residual, mask, *form)
+    torch.ops.batchnorm.update_running_.default(
+        running_mean, running_var, num_batches_tracked, mean, var, count, momentum, skip_nonfinite
+    )
+    return out, mean, var, count
 
 
 def update_running_once_(

@@ -17,10 +17,8 @@ from .layout import dense, slices
 
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
 _FORM = "float eps, str activation, float negative_slope, int slice_size"
-_UPDATE = (
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor mean, Tensor var, Tensor count, float? momentum, bool skip_nonfinite"
-)
+_BUFFERS = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
+_UPDATE = f"{_BUFFERS}, Tensor mean, Tensor var, Tensor count, float? momentum, bool skip_nonfinite"
 
 SCHEMAS = {
     "stats": "(Tensor input, Tensor? mask, int slice_size) -> (Tensor mean, Tensor var, Tensor count)",
@@ -36,6 +34,8 @@ SCHEMAS = {
     f" {_AFFINE}, Tensor? mask, {_FORM}, bool[4] output_mask)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     "update_running_": f"({_UPDATE}) -> ()",
+    "forward_update_running_": f"(Tensor input, {_AFFINE}, Tensor? mask, {_BUFFERS}, float? momentum,"
+    f" bool skip_nonfinite, {_FORM}) -> (Tensor out, Tensor mean, Tensor var, Tensor count)",
     "update_running_once_": f"({_UPDATE}, str refusal) -> ()",
 }
 
@@ -101,6 +101,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "forward": (fused.forward, _fake_forward),
     "backward": (fused.backward, _fake_backward),
     "update_running_": (fused.update_running_, _fake_update_running_),
+    "forward_update_running_": (fused.forward_update_running_, _fake_forward),
     "update_running_once_": (fused.update_running_once_, _fake_update_running_),
 }
 

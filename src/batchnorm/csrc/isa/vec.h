@@ -286,6 +286,14 @@ BN_INLINE VF rectified(VF z) { return z < 0 ? VF{} : z; }
 #endif
 BN_INLINE VD rectified(VD z) { return z < 0 ? VD{} : z; }
 
+#if BN_VECTOR_BYTES == 64
+BN_INLINE VD square_root(VD v) { return bits<VD>(_mm512_sqrt_pd(bits<__m512d>(v))); }
+#elif BN_VECTOR_BYTES == 32
+BN_INLINE VD square_root(VD v) { return bits<VD>(_mm256_sqrt_pd(bits<__m256d>(v))); }
+#else
+BN_INLINE VD square_root(VD v) { return VD{std::sqrt(v[0]), std::sqrt(v[1])}; }
+#endif
+
 // --- float64 accumulators ---------------------------------------------------------------------------------------
 #if BN_VECTOR_BYTES == 64
 BN_INLINE VD low_doubles(VF v) { return bits<VD>(_mm512_cvtps_pd(_mm512_castps512_ps256(bits<__m512>(v)))); }
