@@ -104,7 +104,24 @@ def _named(user: fx.Node) -> tuple[str, float]:
         low = user.args[1] if len(user.args) > 1 else user.kwargs.get("min_val", -1.0)
         high = user.args[2] if len(user.args) > 2 else user.kwargs.get("max_val", 1.0)
         return ("relu6", 0.01) if (low, high) == (0, 6) else ("", 0.01)
-    return "", 0.01
+    if name == "threshold" and user.args[1:] == (0, 0):
+        return "relu", 0.01
+    # At its bounds clamp hands the gradient on and ReLU does not: the two are one only where no gradient is wanted.
+    return (_clamped(user, name), 0.01) if name.startswith("clamp") and _without_gradient(user.graph) else ("", 0.01)
+
+
+def _without_gradient(graph: fx.Graph) -> bool:
+    """Whether what is compiled runs without gradients throughout; torch.compile compiles anew for the other mode."""
+    return not torch.is_grad_enabled() and not any(n.target is torch._C._set_grad_enabled for n in graph.nodes)
+
+
+def _clamped(user: fx.Node, name: str) -> str:
+    """ "relu" for a clamp to [0, ∞), "relu6" for one to [0, 6]."""
+    given = [*user.args[1:], None, None]
+    low, high = user.kwargs.get("min", given[0]), user.kwargs.get("max", given[1])
+    if name not in ("clamp", "clamp_min") or "out" in user.kwargs or low != 0:
+        return ""
+    return "relu" if high is None else "relu6" if high == 6 else ""
 
 
 def _written_out(node: fx.Node) -> tuple[str, float, list[fx.Node]]:
