@@ -41,13 +41,16 @@ def differences(model: nn.Module, x: Tensor) -> dict[str, float]:
     gradients, parameters, buffers), of `reverted` to the network as it was, and of `folded` in eval.
 
     Raises:
-        AssertionError: `revert` did not bring back torch's own layers under the same names.
+        AssertionError: `revert` did not bring back torch's own layers under the same names, or all samples give the
+            same output, so that equality would show nothing.
     """
     model, x = copy.deepcopy(model).double().train(), x.double()
     converted, fused = copy.deepcopy(model), copy.deepcopy(model)
     names, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
     evaluated, other = copy.deepcopy(model).eval(), torch.randn_like(x)
     with torch.no_grad():
+        if evaluated(other).std(0).max() < 1e-6:
+            raise AssertionError("the network says the same of every image")
         there_and_back = revert(convert(copy.deepcopy(evaluated)))
         found = {
             "folded": worst([fold(evaluated, (x,)).model(other)], [evaluated(other)]),
