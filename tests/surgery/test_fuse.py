@@ -83,6 +83,11 @@ ACTIVATIONS = {
     "threshold": (lambda m, y: F.threshold(y, 0, 0), "relu"),
     "sigmoid": (lambda m, y: y.sigmoid(), "sigmoid"),
     "tanh": (lambda m, y: torch.tanh(y), "tanh"),
+    "behind a view": (lambda m, y: y.flatten(2).transpose(1, 2).relu(), ""),
+    "behind a view, in place": (lambda m, y: y.flatten(2).relu_() + 1, "relu"),
+    "behind a view, written out": (lambda m, y: (v := y.transpose(1, 3)) * v.sigmoid(), "silu"),
+    "behind a view that is read twice": (lambda m, y: (v := y.flatten(2)).relu() + v, ""),
+    "behind a view that is written": (lambda m, y: (v := y.flatten(2), v.mul_(2), v.relu())[2], ""),
     # None of these is one of ours, or has its derivative (torch's hardsigmoid takes 1/6 in float32):
     "hardswish by hardsigmoid": (lambda m, y: y * F.hardsigmoid(y), ""),
     "hardtanh of its own": (lambda m, y: F.hardtanh(y), ""),

@@ -12,6 +12,18 @@ from torch.nn import functional as F
 __all__ = ["Chain", "arguments_of", "is_batch_norm", "match", "may_move", "value"]
 
 _NAMESPACES = ("torch", "torch._C._nn", "torch.nn.functional", "torch._C._TensorBase")
+_VIEWS = (
+    "view",
+    "view_as",
+    "reshape",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+)
 _PLAIN = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh")
 
 
@@ -22,6 +34,7 @@ class Chain(NamedTuple):
     residual: fx.Node | None
     activation: str
     negative_slope: float
+    view: fx.Node | None = None  # stands between the two nodes of the chain, and then after both
 
 
 def value(node: Any) -> Any:
@@ -63,6 +76,10 @@ def match(norm: fx.Node) -> Chain:
     if add is not None and (residual := _residual(add, norm)) is not None:
         nodes.append(add)
     activation, slope, more = _activation(nodes[-1])
+    if not activation and add is not None and _name(add) in _VIEWS and add.args[0] is norm:
+        # By elements it makes no difference which comes first, the activation or the view.
+        activation, slope, more = _activation(add)
+        return Chain([norm, *more], None, activation, slope, add if activation else None)
     return Chain([*nodes, *more], residual, activation, slope)
 
 
