@@ -210,6 +210,35 @@ def test_torchvisions_frozen_layer_becomes_a_frozen_one_of_ours():
     assert revert(model)[0] is original
 
 
+class DetrFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """As in transformers: ε stands in the forward."""
+
+    def __init__(self, features: int, factor: float = 1.0) -> None:
+        super().__init__(features)
+        del self.eps
+        self.factor = factor
+
+    def forward(self, x):
+        scale = self.weight.reshape(1, -1, 1, 1) * (self.running_var.reshape(1, -1, 1, 1) + 3e-4).rsqrt()
+        return x * scale * self.factor + (self.bias - self.running_mean * scale.flatten()).reshape(1, -1, 1, 1)
+
+
+def test_frozen_layers_that_hide_their_eps_are_asked_for_it():
+    original, x = DetrFrozenBatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    model = convert(nn.Sequential(original))
+    assert is_frozen(model[0])
+    assert model[0].eps == 3e-4
+    torch.testing.assert_close(model(x), original(x))
+    assert revert(model)[0] is original
+
+
+def test_a_frozen_layer_that_does_more_is_left_alone_and_named():
+    model = nn.Sequential(DetrFrozenBatchNorm2d(3, factor=2.0))
+    with pytest.warns(UserWarning, match=r"left alone.*0 \(.*DetrFrozenBatchNorm2d\)"):
+        convert(model)
+    assert type(model[0]) is DetrFrozenBatchNorm2d
+
+
 def test_an_activation_of_its_own_becomes_a_sequential():
     model = nn.Sequential(batchnorm.BatchNorm1d(4, activation="silu"))
     x = torch.randn(5, 4)

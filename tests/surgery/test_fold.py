@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import UserError
@@ -174,13 +175,81 @@ TRAPS = {
     "weight read elsewhere": (lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight), "shares its weight"),
     "activation between": (lambda m, x: m.norm(m.conv(x).relu_()), "does not read a layer"),
     "result is residual too": (lambda m, x: m.spare(m.norm(h := m.conv(x)) + h), "also read by add"),
+    "a view is written": (lambda m, x: (h := m.conv(x), h.view(-1).mul_(2), m.norm(h))[2], "read"),
+    "written after": (lambda m, x: (h := m.conv(x), y := m.norm(h), h.zero_(), y)[3], "also read by zero_"),
+    "channels elsewhere": (lambda m, x: m.norm(m.conv(x[..., :3]).transpose(1, 3)), "another axis"),
+    "weight changed before": (lambda m, x: m.norm(F.conv2d(x, m.conv.weight * 2)), "does not read a layer"),
+    "cast between": (lambda m, x: m.norm(m.conv(x).float().double()), "does not read a layer"),
+    "padded between": (lambda m, x: m.norm(F.pad(m.conv(x), (1, 1))), "does not read a layer"),
 }
 
 
+@pytest.fixture(params=["program", "example"])
+def engine(request, monkeypatch):
+    """Both ways in which pairs are found; the second is the one that models without a program get."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("refused by the test")
+
+    if request.param == "example":
+        monkeypatch.setattr(torch.export, "export", refuse)
+    return request.param
+
+
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps(trap):
+def test_traps(trap, engine):
     extra, reason = TRAPS[trap]
     check(trained(Block(extra)), torch.randn(2, 3, 4, 4).double(), {"norm": reason})
+
+
+BETWEEN = {
+    "nothing": lambda m, x: m.norm(m.conv(x)),
+    "dropout in eval": lambda m, x: m.norm(F.dropout(m.conv(x), 0.5, m.training)),
+    "a conversion to what it is": lambda m, x: m.norm(m.conv(x).to(x.dtype)),
+    "the channels away and back": lambda m, x: m.norm(m.conv(x).transpose(1, 3).transpose(1, 3)),
+    "a shape asked for": lambda m, x: (h := m.conv(x), m.norm(h.flatten(2).unsqueeze(-1)).view_as(h))[1],
+    "checkpointing": lambda m, x: checkpoint(lambda t: m.norm(m.conv(t)), x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_pairs_are_found_through_what_changes_no_value(between, engine):
+    check(trained(Block(BETWEEN[between])), torch.randn(2, 3, 4, 4).double())
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: m.norm(m.conv(x)[:, :, 1:, ::2]),
+        lambda m, x: m.norm(m.conv(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+    ],
+)
+def test_the_program_shows_pairs_that_a_run_cannot(between):
+    check(trained(Block(between)), torch.randn(2, 3, 4, 4).double())
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: m.norm(m.conv(x)) if x.sum() < 1e9 else x, "data-dependent"),
+        (lambda m, x: m.norm(m.conv(torch.from_numpy(x.numpy()))), "numpy"),
+    ],
+)
+def test_without_a_program_the_example_shows_the_pairs(forward, reason, capfd, caplog):
+    model, x = trained(Block(forward)), torch.randn(2, 3, 4, 4).double()
+    folded, report = fold(model, (x,))
+    assert len(report.folded) == 1
+    assert reason in report.no_program
+    assert reason in str(report)
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_scripted_model_is_refused():
+    model = torch.jit.script(trained(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))))
+    with pytest.raises(UserError, match="fold: a scripted model"):
+        fold(model, (torch.randn(2, 3, 4, 4).double(),))
 
 
 def test_functions_and_modules_the_example_does_not_reach():

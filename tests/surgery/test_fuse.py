@@ -80,9 +80,16 @@ ACTIVATIONS = {
     "hardswish": (lambda m, y: F.hardswish(y), "hardswish"),
     "hardswish written out": (lambda m, y: y * F.relu6(y + 3) / 6, "hardswish"),
     "hardswish written out, gate divided": (lambda m, y: y * (F.relu6(y + 3) / 6), "hardswish"),
+    "threshold": (lambda m, y: F.threshold(y, 0, 0), "relu"),
     "sigmoid": (lambda m, y: y.sigmoid(), "sigmoid"),
     "tanh": (lambda m, y: torch.tanh(y), "tanh"),
-    # None of these is one of ours, or has its derivative:
+    "behind a view": (lambda m, y: y.flatten(2).transpose(1, 2).relu(), ""),
+    "behind a view, in place": (lambda m, y: y.flatten(2).relu_() + 1, "relu"),
+    "behind a view, written out": (lambda m, y: (v := y.transpose(1, 3)) * v.sigmoid(), "silu"),
+    "behind a view that is read twice": (lambda m, y: (v := y.flatten(2)).relu() + v, ""),
+    "behind a view that is written": (lambda m, y: (v := y.flatten(2), v.mul_(2), v.relu())[2], ""),
+    # None of these is one of ours, or has its derivative (torch's hardsigmoid takes 1/6 in float32):
+    "hardswish by hardsigmoid": (lambda m, y: y * F.hardsigmoid(y), ""),
     "hardtanh of its own": (lambda m, y: F.hardtanh(y), ""),
     "gelu": (lambda m, y: F.gelu(y), ""),
     "clamp": (lambda m, y: y.clamp(min=0), ""),
@@ -96,6 +103,39 @@ def test_activations_however_they_are_written(kind):
     act, word = ACTIVATIONS[kind]
     calls = run(lambda m, x: act(m, m.norm(m.conv(x))))
     assert words(calls) == [(word, False)]
+
+
+CLAMPS = {
+    "clamp_min": (lambda m, y: y.clamp_min(0), "relu"),
+    "clamp": (lambda m, y: torch.clamp(y, min=0), "relu"),
+    "clamp to 6": (lambda m, y: y.clamp_(0, 6), "relu6"),
+    "clamp to 5": (lambda m, y: y.clamp(0, 5), ""),
+    "clamp_max": (lambda m, y: y.clamp_max(6), ""),
+}
+
+
+@pytest.mark.parametrize("kind", CLAMPS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_clamp_is_an_activation_only_where_no_gradient_is_wanted(kind, training):
+    act, word = CLAMPS[kind]
+
+    def tail(m: Net, x: Tensor) -> Tensor:
+        return act(m, m.norm(m.conv(x)))
+
+    model, calls, x = Net(tail).double().train(training), [], torch.randn(4, 3, 5, 5).double()
+    eager = copy.deepcopy(model)
+
+    def watching(gm, example_inputs):
+        fuse_graph(gm)
+        calls.append([node.kwargs.get("activation", "") for node in gm.graph.nodes if node.target is batch_norm])
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=watching)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x))
+    torch.testing.assert_close(compiled(x), eager(x))
+    assert calls == [[word], [""]]
 
 
 def in_place(m: Net, x: Tensor) -> Tensor:

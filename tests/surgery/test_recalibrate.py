@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 import batchnorm
@@ -225,6 +226,17 @@ def test_a_refusal_leaves_the_model_alone(batches, options, message, layerwise):
     assert_same(model, before)
     assert [m.training for m in model] == [True] * 5 + [False] + [True] * 3
     assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@pytest.mark.parametrize(("layerwise", "passes"), [(True, 3), (False, 1)])
+def test_the_progress_bar_moves_with_every_batch(monkeypatch, capsys, layerwise, passes):
+    moves = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, *, completed, total: moves.append((completed, total)))
+    done = recalibrate(deep(), data().split(32), layerwise=layerwise, progress=True)
+    total = passes * done.batches
+    assert passes == (len(done.layers) if layerwise else 1)
+    assert moves == [(n, total) for n in range(total + 1)]
+    assert capsys.readouterr().out == ""
 
 
 def _rank(rank: int, store: str, out: str) -> None:

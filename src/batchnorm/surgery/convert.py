@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .foreign import frozen_eps, holds_statistics
 from .freeze import frozen_class, is_frozen, thawed_class
 from .kinds import is_norm
 from .replace import replace_all
@@ -83,7 +84,8 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
 
     Parameters and buffers are the same objects, so an optimizer goes on; a layer that stands in several places
     does so afterwards; hooks and their handles, mode, dtype and device are kept; a lazy layer becomes a lazy layer of
-    ours, a frozen one stays frozen, torchvision's `FrozenBatchNorm2d` becomes a frozen one of ours. In an
+    ours, a frozen one stays frozen; the `FrozenBatchNorm2d` of torchvision and its copies in other libraries become
+    frozen ones of ours, where a trial shows that they compute what ours does. In an
     `nn.Sequential` an activation right after the layer is taken into it, and an `nn.Identity` keeps its place.
 
     Args:
@@ -110,12 +112,12 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
         kind = thawed_class(type(module))
         if kind in _OURS:
             plan[module] = _as_ours(module, keywords)
-        elif _is_torchvision_frozen(module):
-            plan[module] = _from_torchvision(module)
+        elif (eps := frozen_eps(module)) is not None:
+            plan[module] = _from_buffers(module, eps)
         elif keywords and kind in _TORCHS and kind not in _LAZY.values():
             plan[module] = new = _with_the_same_insides(module, type(module))
             new.configure(**keywords)
-        elif is_norm(module) and kind not in _LAZY and kind not in _TORCHS:
+        elif (is_norm(module) and kind not in _LAZY and kind not in _TORCHS) or holds_statistics(module):
             left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
     done = replace_all(model, plan)
     for module in done.root.modules():
@@ -150,19 +152,8 @@ def _with_the_same_insides(module: nn.Module, kind: Any) -> Any:
     return new
 
 
-def _is_torchvision_frozen(module: nn.Module) -> bool:
-    """`torchvision.ops.FrozenBatchNorm2d` and its copies elsewhere, which keep ε where it can be read."""
-    held = {"weight", "bias", "running_mean", "running_var"}
-    return (
-        type(module).__name__ == "FrozenBatchNorm2d"
-        and not is_norm(module)
-        and {name for name, buffer in module._buffers.items() if buffer is not None} == held
-        and isinstance(getattr(module, "eps", None), float)
-    )
-
-
-def _from_torchvision(module: nn.Module) -> nn.Module:
-    new: Any = BatchNorm2d(module._buffers["weight"].numel(), eps=module.eps)  # type: ignore[union-attr, arg-type]  # checked by _is_torchvision_frozen
+def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
+    new: Any = BatchNorm2d(module._buffers["weight"].numel(), eps=eps)  # type: ignore[union-attr]  # frozen_eps saw it
     for name in ("weight", "bias", "num_batches_tracked"):
         delattr(new, name)
     new.register_buffer("num_batches_tracked", None)

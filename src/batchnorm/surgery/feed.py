@@ -37,11 +37,12 @@ def progress_bar(shown: bool, label: str) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: None
         return
     try:
+        from rich.console import Console
         from rich.progress import Progress
     except ImportError:
         raise UserError(
             "progress=True draws with rich, which is not installed; pip install rich, or leave it off"
         ) from None
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from ..errors import UserError, quote_error
 from .fold_graph import lift
 from .fold_rules import fold_after, fold_before, scale_and_shift
-from .kinds import LAYERS, channel_axis, is_layer, is_norm
+from .kinds import LAYERS, is_layer, is_norm
+from .program import Unreadable, read_program
 from .replace import names_of, replace_all
 from .rest import rest_of
 from .trace import Call, Trace, tensors_in, trace
@@ -37,11 +38,12 @@ class Fold:
 
 @dataclass
 class FoldReport:
-    """What `fold` did with each batch normalization, and the largest difference of an output on the examples,
-    relative to the largest output."""
+    """What `fold` did with each batch normalization, the largest difference of an output on the examples, relative to
+    the largest output, and why, if so, the pairs were not read from the program but seen while the example ran."""
 
     entries: list[Fold] = field(default_factory=list)
     difference: float = 0.0
+    no_program: str = ""
 
     @property
     def folded(self) -> list[Fold]:
@@ -53,6 +55,8 @@ class FoldReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.folded)} of {len(self.entries)} folded, outputs differ by {self.difference:.1e}"]
+        if self.no_program:
+            lines.append(f"pairs as seen while the example ran: {self.no_program}")
         for entry in self.entries:
             where = f"into {entry.into}, {entry.reason}" if entry.into is not None else f"stayed: {entry.reason}"
             lines.append(f"{entry.norm or 'the model'}: {where}")
@@ -71,9 +75,10 @@ def fold(
 
     With s = γ/√(σ²+ε) and t = β − μ·s, a layer before becomes W[o]·s_o, s·b + t; a layer after becomes W[o, i]·s_i,
     b + Σ W[o, i]·t_i, and where it pads with zeros, it pads with −t/s instead. An activation or a residual of our
-    layers stays where it is. The pairs come from running the example: the normalization reads the very result of the
-    layer, along the same channels, and nothing else reads it; layers that are called several times, share their
-    weight, compute it, or are not the plain classes of torch stay, and the report says so.
+    layers stays where it is. The pairs come from the program, as `torch.export` writes it down, and where it cannot,
+    from what running the example shows: the normalization reads the very result of the layer, along the same channels,
+    and nothing else reads it; layers that are called several times, share their weight, compute it, or are not the
+    plain classes of torch stay, and the report says so.
 
     The result is verified: both models run on the examples, and a fold after which an output differs by more
     than the tolerance is taken back.
@@ -91,12 +96,14 @@ def fold(
         where it went, or why it stayed.
 
     Raises:
-        UserError: the model does not run on the examples, or cannot be copied.
+        UserError: the model does not run on the examples, cannot be copied, or is scripted.
 
     Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2.
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("fold: a scripted model has no layers to fold into; fold the module and script the result")
     reference = _outputs(model, example_inputs)
     folder = _Folder(model, example_inputs)
     folder.run()
@@ -104,7 +111,7 @@ def fold(
     if difference > _limit(reference, tolerance):
         folder = _Folder(model, example_inputs)
         difference = folder.run_checked(reference, tolerance)
-    return Folded(folder.model, FoldReport(list(folder.entries.values()), difference))
+    return Folded(folder.model, FoldReport(list(folder.entries.values()), difference, folder.no_program))
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -153,9 +160,10 @@ class _Folder:
         names = [name for name, module in self.model.named_modules() if is_norm(module)]
         self.entries = {name: Fold(name, None, "") for name in names}
         self.refused: dict[str, str] = {}  # folds that did not hold the tolerance
+        self.no_program = ""  # why the pairs come from the example's run
 
     def run(self) -> None:
-        while self.one_round(all_at_once=True):
+        while self.one_round(all_at_once=True) and not all(entry.into is not None for entry in self.entries.values()):
             pass
 
     def run_checked(self, reference: list[Tensor], tolerance: float | None) -> float:
@@ -176,7 +184,7 @@ class _Folder:
 
     def one_round(self, all_at_once: bool) -> str:
         """Folds all pairs there are now, or the first; returns the name of the last one folded, or ''."""
-        seen = trace(self.model, self.example, "fold")
+        seen = self._read()
         holders = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for call in seen.calls:
             call.parameters_shared |= any(holders[p] > 1 for p in call.module.parameters(False))
@@ -196,6 +204,15 @@ class _Folder:
             function = f"F.batch_norm in {name or 'the model'}"
             self.entries[function] = Fold(function, None, "called as a function")
         return folded
+
+    def _read(self) -> Trace:
+        """What calls what: by the program itself, and where there is none, by what running the example shows."""
+        if not self.no_program:
+            try:
+                return read_program(self.model, self.example)
+            except Unreadable as error:
+                self.no_program = str(error)
+        return trace(self.model, self.example, "fold")
 
     def _try(self, name: str, norm: nn.Module, seen: Trace, used: set[nn.Module]) -> str:
         """Folds the pair, or says why there is none. A layer takes part in one fold a round: its trace is old then."""
@@ -266,10 +283,7 @@ def _layer_before(call: Call, seen: Trace) -> tuple[Call | None, str]:
     source = call.source
     if source is None or not is_layer(source.module):
         return None, "it does not read a layer's result"
-    assert source.output is not None
-    assert call.input is not None
-    axis = channel_axis(source.module, len(source.output.shape))
-    if len(call.input.shape) < 2 or not source.output.same_axis(axis, call.input, _norm_axis(call)):
+    if not call.aligned:
         return None, f"it normalizes another axis than the channels of {source.name}"
     return _only(source, call.name, seen, source)
 
@@ -280,16 +294,9 @@ def _layer_after(call: Call, seen: Trace) -> tuple[Call | None, str]:
         return None, "no layer reads its result"
     if call.inputs > 1 or getattr(call.module, "activation", None) is not None:
         return None, "an activation or a residual comes before the next layer"
-    assert call.output is not None
-    assert reader.input is not None
-    axis = channel_axis(reader.module, len(reader.input.shape))
-    if not call.output.same_axis(_norm_axis(call), reader.input, axis):
+    if not reader.aligned:
         return None, f"its channels are not those of {reader.name}'s input"
     return _only(call, reader.name, seen, reader)
-
-
-def _norm_axis(call: Call) -> int:
-    return getattr(call.module, "feature_axis", 1)
 
 
 def _only(read: Call, reader: str, seen: Trace, layer: Call) -> tuple[Call | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from .fold import Fold, FoldReport
 __all__ = ["fold_onnx"]
 
 _TOLERANCE = 1e-4
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 
 def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None) -> FoldReport:
-    """Folds every `BatchNormalization` node of an ONNX file into the Conv, ConvTranspose or Gemm before it.
+    """Folds every `BatchNormalization` node of an ONNX file that can be into the Conv, ConvTranspose or Gemm before or
+    after it.
 
-    With s = scale/√(var + epsilon): W' = W·s along the output channels, b' = (b − mean)·s + B. The node before has to
-    be read by the normalization alone, and not be an output of the graph. Weights are copied, so an initializer
-    that other nodes use stays as it was. Both files then run in onnxruntime on the same inputs, and outputs
-    have to agree within 1e-4 of the largest.
+    With s = scale/√(var + epsilon) and t = B − mean·s, a layer before becomes W[o]·s_o, b·s + t; a layer after becomes
+    W[o, i]·s_i, b + Σ W[o, i]·t_i. What lies between the two has to be read by the second alone, and not be an output
+    of the graph. A layer after must not pad with zeros, and a ConvTranspose after takes a scale only (t = 0): an ONNX
+    node has no padding by channel. Weights are copied, so an initializer that other nodes use stays as it was. Both
+    files then run in onnxruntime on the same inputs, and outputs have to agree within 1e-4 of the largest.
 
     Args:
         source: the file to read; weights in external files are read too.
@@ -29,11 +33,12 @@ def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None
             draws normal ones, with 2 for every axis without a fixed size.
 
     Returns:
-        `FoldReport`, by node or output names. Needs onnx and onnxruntime.
+        `FoldReport`, by node or output names, also of the nodes in branches and functions, which stay. Needs onnx and
+        onnxruntime.
 
     Raises:
-        UserError: a file that is none, no ONNX model, inputs that do not fit, or outputs that differ; nothing is
-            then written.
+        UserError: a file that is none, no ONNX model, inputs that do not fit, outputs that differ, or a target that
+            cannot be written; nothing is then written.
     """
     onnx, runtime = _import("onnx"), _import("onnxruntime")
     try:
@@ -51,7 +56,13 @@ def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None
             f"fold_onnx: the folded {source} differs by {report.difference:.1e} of the largest output; it stays as it "
             "is, please report this model"
         )
-    onnx.save(model, str(target))
+    try:
+        onnx.save(model, str(target))
+    except Exception as error:  # the file system's, and protobuf's beyond 2 GB
+        raise UserError(
+            f"fold_onnx: {target} cannot be written: {quote_error(error)}; give the path of a file in a folder that "
+            "exists"
+        ) from error
     return report
 
 
@@ -113,23 +124,44 @@ def _difference(ours: list[Any], reference: list[Any]) -> float:
 
 class _OnnxFolder:
     def __init__(self, onnx: Any, model: Any) -> None:
-        self.onnx, self.graph = onnx, model.graph
+        self.onnx, self.model, self.graph = onnx, model, model.graph
         self.initial = {tensor.name: tensor for tensor in self.graph.initializer}
+        for node in self.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.initial[node.output[0]] = node.attribute[0].t
         self.outputs = {value.name for value in self.graph.output}
-        self.entries: list[Fold] = []
 
     def run(self) -> FoldReport:
-        for norm in [node for node in self.graph.node if node.op_type == "BatchNormalization"]:
-            name = norm.name or norm.output[0]
-            self._index()
-            layer, reason = self._layer_before(norm)
-            if layer is None:
-                self.entries.append(Fold(name, None, reason))
-                continue
-            self._fold(layer, norm)
-            self.entries.append(Fold(name, layer.name or layer.output[0], "the layer before"))
+        entries: dict[str, Fold] = {}
+        folded = True
+        while folded:  # what one round takes out brings other pairs together
+            folded = False
+            for norm in [node for node in self.graph.node if node.op_type == "BatchNormalization"]:
+                entry = self._try(norm)
+                entries[entry.norm] = entry
+                folded |= entry.into is not None
+        for where, nodes in _nested(self.model):
+            for node in nodes:
+                if node.op_type == "BatchNormalization":
+                    entries[_title(node)] = Fold(_title(node), None, f"inside {where}; inline it first")
         self._drop_unused()
-        return FoldReport(self.entries)
+        return FoldReport(list(entries.values()))
+
+    def _try(self, norm: Any) -> Fold:
+        self._index()
+        reason = self._why_not(norm)
+        if reason:
+            return Fold(_title(norm), None, reason)
+        s, t = self._scale_and_shift(norm)
+        before, not_before = self._layer_before(norm)
+        if before is not None:
+            self._fold_before(before, norm, s, t)
+            return Fold(_title(norm), _title(before), "the layer before")
+        after, not_after = self._layer_after(norm, t)
+        if after is None:
+            return Fold(_title(norm), None, f"{not_before}; {not_after}")
+        self._fold_after(after, norm, s, t)
+        return Fold(_title(norm), _title(after), "the layer after")
 
     def _index(self) -> None:
         self.producer = {output: node for node in self.graph.node for output in node.output}
@@ -137,64 +169,115 @@ class _OnnxFolder:
         for node in self.graph.node:
             for name in node.input:
                 self.readers[name].append(node)
-            for attribute in node.attribute:  # a branch reads names of the graph around it
-                for inner in attribute.g.node:
-                    for name in inner.input:
-                        self.readers[name].append(node)
+        for _, nodes in _nested(self.model):  # a branch reads names of the graph around it
+            for node in nodes:
+                for name in node.input:
+                    self.readers[name].append(node)
 
     def _attribute(self, node: Any, name: str, default: Any) -> Any:
         found = next((a for a in node.attribute if a.name == name), None)
         return default if found is None else self.onnx.helper.get_attribute_value(found)
 
-    def _layer_before(self, norm: Any) -> tuple[Any, str]:
+    # --- which pairs -------------------------------------------------------------------------------
+    def _why_not(self, norm: Any) -> str:
         if self._attribute(norm, "training_mode", 0) or len([o for o in norm.output if o]) > 1:
-            return None, "in training mode; export the model in eval"
-        if any(name not in self.initial for name in norm.input[1:]):
-            return None, "its parameters are computed"
+            return "in training mode; export the model in eval"
+        return "its parameters are computed" if any(name not in self.initial for name in norm.input[1:]) else ""
+
+    def _layer_before(self, norm: Any) -> tuple[Any, str]:
         layer = self.producer.get(norm.input[0])
-        if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+        if layer is None or layer.op_type not in _LAYERS:
             return None, "it does not read a layer's result"
         if norm.input[0] in self.outputs or len(self.readers[norm.input[0]]) > 1:
-            return None, f"the result of {layer.name or layer.output[0]} is also read elsewhere"
-        if any(name and name not in self.initial for name in layer.input[1:]):
-            return None, f"{layer.name or layer.output[0]} computes its weight"
+            return None, f"the result of {_title(layer)} is also read elsewhere"
+        if why_not := self._computed(layer):
+            return None, why_not
         biases = [list(self.initial[name].dims) for name in layer.input[2:] if name]
         if any(size != 1 for dims in biases for size in dims[:-1]):
-            return None, f"the bias of {layer.name or layer.output[0]} differs along the batch"
+            return None, f"the bias of {_title(layer)} differs along the batch"
         return layer, ""
 
+    def _layer_after(self, norm: Any, t: Any) -> tuple[Any, str]:
+        readers = self.readers[norm.output[0]]
+        layer = next((node for node in readers if node.op_type in _LAYERS and node.input[0] == norm.output[0]), None)
+        if layer is None:
+            return None, "no layer reads its result"
+        if norm.output[0] in self.outputs or len(readers) > 1:
+            return None, f"its result is also read elsewhere than in {_title(layer)}"
+        if why_not := self._computed(layer):
+            return None, why_not
+        if layer.op_type == "Gemm" and self._attribute(layer, "transA", 0):
+            return None, f"{_title(layer)} reads its result transposed"
+        if layer.op_type == "ConvTranspose" and t.any():
+            return None, f"the ConvTranspose {_title(layer)} gives every position another share of the shift"
+        if layer.op_type == "Conv" and self._pads(layer) and t.any():
+            return None, f"{_title(layer)} pads with zeros, which would get the shift too"
+        return layer, ""
+
+    def _computed(self, layer: Any) -> str:
+        computed = any(name and name not in self.initial for name in layer.input[1:])
+        return f"{_title(layer)} computes its weight" if computed else ""
+
+    def _pads(self, layer: Any) -> bool:
+        automatic = self._attribute(layer, "auto_pad", b"NOTSET")
+        return automatic in (b"SAME_UPPER", b"SAME_LOWER") or any(self._attribute(layer, "pads", []))
+
+    # --- arithmetic, in float64 --------------------------------------------------------------------
     def _array(self, name: str) -> Any:
         return self.onnx.numpy_helper.to_array(self.initial[name]).astype("float64")
 
-    def _fold(self, layer: Any, norm: Any) -> None:
+    def _scale_and_shift(self, norm: Any) -> tuple[Any, Any]:
+        scale, shift, mean, var = (self._array(name) for name in norm.input[1:5])
+        s = scale / (var + self._attribute(norm, "epsilon", 1e-5)) ** 0.5
+        return s, shift - mean * s
+
+    def _parts(self, layer: Any) -> tuple[Any, Any]:
+        """The weight as (groups, out/groups, in/groups, *kernel) and the bias, with a Gemm's alpha and beta in them."""
         import numpy as np
 
-        scale, shift, mean, var = (self._array(name) for name in norm.input[1:5])
-        s = scale / np.sqrt(var + self._attribute(norm, "epsilon", 1e-5))
         weight = self._array(layer.input[1])
-        bias = self._array(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else np.zeros_like(mean)
-        kind = self.onnx.numpy_helper.to_array(self.initial[layer.input[1]]).dtype
+        bias = self._array(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else np.zeros(1)
         if layer.op_type == "Gemm":
-            weight = weight * (s[:, None] if self._attribute(layer, "transB", 0) else s[None, :])
-            bias = np.broadcast_to(bias.reshape(-1) * self._attribute(layer, "beta", 1.0), mean.shape)
-            for attribute in [a for a in layer.attribute if a.name == "beta"]:
-                layer.attribute.remove(attribute)  # it is in the bias now
-        elif layer.op_type == "ConvTranspose":
-            groups = self._attribute(layer, "group", 1)
-            grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-            scales = s.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-            weight = (grouped * scales).reshape(weight.shape)
-        else:
-            weight = weight * s.reshape(-1, *[1] * (weight.ndim - 1))
-        names = [self._new(layer, "weight", weight, kind), self._new(layer, "bias", (bias - mean) * s + shift, kind)]
-        del layer.input[1:]
-        layer.input.extend(names)
+            weight = weight if self._attribute(layer, "transB", 0) else weight.T
+            scales = self._attribute(layer, "alpha", 1.0), self._attribute(layer, "beta", 1.0)
+            return weight[None] * scales[0], bias * scales[1]
+        groups = self._attribute(layer, "group", 1)
+        weight = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        return weight.swapaxes(1, 2) if layer.op_type == "ConvTranspose" else weight, bias
+
+    def _fold_before(self, layer: Any, norm: Any, s: Any, t: Any) -> None:
+        weight, bias = self._parts(layer)
+        ones = [1] * (weight.ndim - 2)
+        self._set(layer, weight * s.reshape(*weight.shape[:2], *ones), bias.reshape(-1) * s + t)
         layer.output[0] = norm.output[0]
         self.graph.node.remove(norm)
 
-    def _new(self, layer: Any, part: str, array: Any, kind: Any) -> str:
+    def _fold_after(self, layer: Any, norm: Any, s: Any, t: Any) -> None:
+        weight, bias = self._parts(layer)
+        form = (weight.shape[0], 1, weight.shape[2], *[1] * (weight.ndim - 3))
+        moved = (weight * t.reshape(form)).reshape(weight.shape[0] * weight.shape[1], -1).sum(1)
+        self._set(layer, weight * s.reshape(form), bias + moved)
+        layer.input[0] = norm.input[0]
+        self.graph.node.remove(norm)
+
+    def _set(self, layer: Any, weight: Any, bias: Any) -> None:
+        dtype = self.onnx.numpy_helper.to_array(self.initial[layer.input[1]]).dtype
+        if layer.op_type == "Gemm":
+            weight = weight[0] if self._attribute(layer, "transB", 0) else weight[0].T
+            for attribute in [a for a in layer.attribute if a.name in ("alpha", "beta")]:
+                layer.attribute.remove(attribute)  # they are in the values now
+        else:
+            weight = weight.swapaxes(1, 2) if layer.op_type == "ConvTranspose" else weight
+            weight = weight.reshape(-1, *weight.shape[2:])
+        names = [self._new(layer, "weight", weight.astype(dtype)), self._new(layer, "bias", bias.astype(dtype))]
+        del layer.input[1:]
+        layer.input.extend(names)
+
+    def _new(self, layer: Any, part: str, array: Any) -> str:
         name = f"{layer.output[0]}.folded_{part}"
-        tensor = self.onnx.numpy_helper.from_array(array.astype(kind), name)
+        while name in self.initial:  # the layer was folded into before
+            name += "_"
+        tensor = self.onnx.numpy_helper.from_array(array, name)
         self.graph.initializer.append(tensor)
         self.initial[name] = tensor
         return name
@@ -202,6 +285,26 @@ class _OnnxFolder:
     def _drop_unused(self) -> None:
         self._index()
         inputs = {value.name for value in self.graph.input}
-        for name, tensor in self.initial.items():
-            if name not in self.outputs and name not in inputs and not self.readers[name]:
+        for tensor in list(self.graph.initializer):
+            if tensor.name not in self.outputs and tensor.name not in inputs and not self.readers[tensor.name]:
                 self.graph.initializer.remove(tensor)
+
+
+def _title(node: Any) -> str:
+    name: str = node.name or node.output[0]
+    return name
+
+
+def _nested(model: Any) -> Iterator[tuple[str, Any]]:
+    """(where, nodes) of every graph inside the main one: branches, loops and local functions."""
+    waiting = [(f"the function {function.name}", function.node) for function in model.functions]
+    yield from waiting
+    waiting.append(("", model.graph.node))
+    while waiting:
+        _, nodes = waiting.pop()
+        for node in nodes:
+            for attribute in node.attribute:
+                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    inner = (f"a branch of {_title(node)}", graph.node)
+                    waiting.append(inner)
+                    yield inner

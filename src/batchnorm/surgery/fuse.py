@@ -70,7 +70,7 @@ def fuse_graph(gm: fx.GraphModule) -> int:
         for norm in norms:
             if _ours_is_faster(norm):
                 chain = match(norm)
-                if len(chain.nodes) > 1 and not may_move(chain, module.graph):
+                if len(chain.nodes) > 1 and chain.view is None and not may_move(chain, module.graph):
                     chain = Chain([norm], None, "", 0.01)
                 _replace(module.graph, chain)
                 replaced += 1
@@ -102,9 +102,15 @@ def _replace(graph: fx.Graph, chain: Chain) -> None:
     if chain.residual is not None:
         keywords["residual"] = chain.residual
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    with graph.inserting_before(last):
+    first = chain.nodes[0]
+    with graph.inserting_before(last if chain.view is None else first):
         fused = graph.call_function(batch_norm, tuple(reads[name] for name in names), keywords)
-    fused.meta = dict(last.meta)
-    last.replace_all_uses_with(fused)
+    if chain.view is None:
+        fused.meta = dict(last.meta)
+        last.replace_all_uses_with(fused)
+    else:
+        fused.meta = dict(first.meta)
+        first.replace_all_uses_with(fused)
+        last.replace_all_uses_with(chain.view)
     for node in reversed(chain.nodes):
         graph.erase_node(node)

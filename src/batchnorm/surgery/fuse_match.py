@@ -12,6 +12,18 @@ from torch.nn import functional as F
 __all__ = ["Chain", "arguments_of", "is_batch_norm", "match", "may_move", "value"]
 
 _NAMESPACES = ("torch", "torch._C._nn", "torch.nn.functional", "torch._C._TensorBase")
+_VIEWS = (
+    "view",
+    "view_as",
+    "reshape",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+)
 _PLAIN = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh")
 
 
@@ -22,6 +34,7 @@ class Chain(NamedTuple):
     residual: fx.Node | None
     activation: str
     negative_slope: float
+    view: fx.Node | None = None  # stands between the two nodes of the chain, and then after both
 
 
 def value(node: Any) -> Any:
@@ -63,6 +76,10 @@ def match(norm: fx.Node) -> Chain:
     if add is not None and (residual := _residual(add, norm)) is not None:
         nodes.append(add)
     activation, slope, more = _activation(nodes[-1])
+    if not activation and add is not None and _name(add) in _VIEWS and add.args[0] is norm:
+        # By elements it makes no difference which comes first, the activation or the view.
+        activation, slope, more = _activation(add)
+        return Chain([norm, *more], None, activation, slope, add if activation else None)
     return Chain([*nodes, *more], residual, activation, slope)
 
 
@@ -104,7 +121,24 @@ def _named(user: fx.Node) -> tuple[str, float]:
         low = user.args[1] if len(user.args) > 1 else user.kwargs.get("min_val", -1.0)
         high = user.args[2] if len(user.args) > 2 else user.kwargs.get("max_val", 1.0)
         return ("relu6", 0.01) if (low, high) == (0, 6) else ("", 0.01)
-    return "", 0.01
+    if name == "threshold" and user.args[1:] == (0, 0):
+        return "relu", 0.01
+    # At its bounds clamp hands the gradient on and ReLU does not: the two are one only where no gradient is wanted.
+    return (_clamped(user, name), 0.01) if name.startswith("clamp") and _without_gradient(user.graph) else ("", 0.01)
+
+
+def _without_gradient(graph: fx.Graph) -> bool:
+    """Whether what is compiled runs without gradients throughout; torch.compile compiles anew for the other mode."""
+    return not torch.is_grad_enabled() and not any(n.target is torch._C._set_grad_enabled for n in graph.nodes)
+
+
+def _clamped(user: fx.Node, name: str) -> str:
+    """ "relu" for a clamp to [0, ∞), "relu6" for one to [0, 6]."""
+    given = [*user.args[1:], None, None]
+    low, high = user.kwargs.get("min", given[0]), user.kwargs.get("max", given[1])
+    if name not in ("clamp", "clamp_min") or "out" in user.kwargs or low != 0:
+        return ""
+    return "relu" if high is None else "relu6" if high == 6 else ""
 
 
 def _written_out(node: fx.Node) -> tuple[str, float, list[fx.Node]]:

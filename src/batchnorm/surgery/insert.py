@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .kinds import channel_axis, is_layer, is_norm, out_features, spatial_dims
+from .kinds import is_layer, is_norm, out_features, spatial_dims
 from .replace import names_of, replace_all
 from .rest import rest_of
 from .trace import Trace, trace
@@ -39,7 +39,7 @@ class Normalized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         result = self.layer(*args, **kwargs)
-        axis = channel_axis(self.layer, result.dim())
+        axis = result.dim() - 1 - spatial_dims(self.layer)
         if axis == 1:
             return self.batch_norm(result)
         if axis == 0:  # a convolution of one sample without a batch axis

@@ -40,7 +40,12 @@ def spatial_dims(layer: nn.Module) -> int:
     return len(layer.kernel_size)  # type: ignore[arg-type]  # as above
 
 
-def channel_axis(layer: nn.Module, dims: int) -> int:
-    """The axis of the layer's input or result of `dims` dimensions that holds the channels: the last one for a
-    Linear, else the one before the spatial axes (0 where there is no batch axis)."""
-    return dims - 1 - spatial_dims(layer)
+def channel_axis(module: nn.Module, dims: int) -> int | None:
+    """The axis of a layer's or a normalization's input or result of `dims` dimensions that holds the channels: the last
+    one for a Linear, for a convolution the one before the spatial axes (0 where there is no batch axis), for a
+    normalization its second or `feature_axis`; None where there is no such axis."""
+    if is_norm(module):
+        axis = int(getattr(module, "feature_axis", 1))
+        return axis % dims if dims > 1 and -dims <= axis < dims else None
+    axis = dims - 1 - spatial_dims(module)
+    return axis if axis >= 0 else None

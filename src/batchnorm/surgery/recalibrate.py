@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,11 +92,11 @@ def recalibrate(
         batches: inputs, or (input, target) pairs of which the first is used, or dicts of keyword arguments; they are
             moved to the model's device. Run through once a layer; an iterator is kept in memory for that.
         forward: `forward(model, batch)`, for every other form of batch.
-        samples: stop after the batch with which this many samples have been seen; None takes all.
+        samples: stop after the batch with which this many samples have been seen, on each rank; None takes all.
         layerwise: see above.
         process_group: ranks whose data are pooled, each with its own batches, or none: "world" is all of them where
             `torch.distributed` is initialized, so all have to call; None pools nothing; or a group.
-        progress: show a progress bar (needs rich).
+        progress: show a progress bar on stderr (needs rich).
 
     Returns:
         `Recalibration`, which prints as a table.
@@ -114,8 +115,8 @@ def recalibrate(
         order = job.order()
         pools: dict[str, Pool] = {}
         groups = [[name] for name in order] if layerwise else [order]
-        for done, group in enumerate(groups):
-            step(done, len(groups))
+        job.show(step, len(groups))
+        for group in groups:
             pools |= job.measure(group, by_batch=not layerwise)
     return job.finish(pools)
 
@@ -132,6 +133,7 @@ class _Job:
         self.norms: dict[str, Any] = {name: norm for name, norm in norms.items() if name not in self.skipped}
         self.calls = dict.fromkeys(self.norms, 0)  # in one forward
         self.seen = self.batches = 0
+        self.tick: Callable[[], None] = lambda: None
 
     def _why_not(self, norm: nn.Module) -> str:
         if is_frozen(norm) or (self.model.training and not norm.training):
@@ -164,6 +166,7 @@ class _Job:
                     self._run_batch(batch)
                     self.seen += samples_in(batch)
                     self.batches += 1
+                    self.tick()
             except UserError as error:
                 failure = error
         failed = torch.stack(self.gather(torch.tensor([failure is not None], dtype=torch.float64)))
@@ -184,6 +187,12 @@ class _Job:
                 f"recalibrate: {type(self.model).__name__} does not run on batch {self.batches}: "
                 f"{quote_error(error)}; give batches as the model takes them, or a forward(model, batch)"
             ) from error
+
+    def show(self, step: Callable[[int, int], None], passes: int) -> None:
+        """From here on every batch moves the progress bar; how many there are here, the first look has counted."""
+        done, total = itertools.count(1), passes * self.here
+        step(0, total)
+        self.tick = lambda: step(next(done), total)
 
     # --- layers ------------------------------------------------------------------------------------
     def order(self) -> list[str]:
@@ -212,6 +221,7 @@ class _Job:
         return self._agree(torch.tensor(rows, dtype=torch.float64))
 
     def _agree(self, mine: Tensor) -> list[str]:
+        self.here = self.batches  # on this rank
         everyone = torch.stack(self.gather(mine))
         self.seen, self.batches = (int(total) for total in everyone[:, -1].sum(0))
         if self.batches == 0:

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .kinds import is_layer, is_norm
+from .kinds import channel_axis, is_layer, is_norm
 from .replace import names_of
 from .untouched import run_example, untouched
 
-__all__ = ["Call", "Geometry", "Trace", "tensors_in", "trace"]
+__all__ = ["NORM_OPS", "Call", "Geometry", "Trace", "tensors_in", "trace"]
 
 Key = StorageWeakRef | int
 
@@ -32,10 +33,10 @@ _LAYER_OPS = {
     "bmm", "baddbmm", "addbmm", "mv", "addmv", "lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer",
     "_cudnn_rnn", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 }  # fmt: skip
-_NORM_OPS = {
+NORM_OPS = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_no_update",
-    "_batch_norm_impl_index", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_elemt",
+    "_batch_norm_impl_index", "batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_elemt",
 }  # fmt: skip
 # A batch normalization after any of these still comes before the layer's activation.
 _PASSIVE_OPS = {
@@ -81,6 +82,7 @@ class Call:
     input: Geometry | None
     output: Geometry | None = None
     source: Call | None = None  # the call whose result is the input, itself or a view of it, unchanged
+    aligned: bool = False  # the channels of the source's result are those of the input
     readers: list[str] = field(default_factory=list)  # what reads the result: module names or operator names
     feeds_layer: bool = False
     meets_norm: bool = False  # a batch normalization comes before the next activation or layer
@@ -153,6 +155,8 @@ class _Recorder(TorchDispatchMode):
     def hook(self) -> list[Any]:
         handles: list[Any] = []
         for module in self._names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and no layer is inside
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             # First among the hooks: the layer's own result, before what users' hooks make of it.
             handles.append(module.register_forward_hook(self._leave, prepend=True))
@@ -166,6 +170,7 @@ class _Recorder(TorchDispatchMode):
             call = Call(self._names[module], module, len(inputs), first)
             if inputs:
                 call.source = self._own.get(_key(inputs[0]))
+                call.aligned = call.source is not None and _aligned(call.source, call)
             self.calls.append(call)
         self._stack.append((module, call))
 
@@ -224,7 +229,7 @@ class _Recorder(TorchDispatchMode):
             for call in carried:
                 call.feeds_layer = True
             return {}
-        if op in _NORM_OPS or space == "batchnorm":
+        if op in NORM_OPS or space == "batchnorm":
             # torch writes an instance normalization as a batch normalization of a reshaped input.
             if not any(isinstance(module, _InstanceNorm) for module, _ in self._stack):
                 self._note_norm(carried)
@@ -253,6 +258,13 @@ class _Recorder(TorchDispatchMode):
             if key in self._own:
                 self._own[key].is_output = True
                 self._own[key].readers.append("the model's output")
+
+
+def _aligned(source: Call, call: Call) -> bool:
+    assert source.output is not None
+    assert call.input is not None
+    axis, after = (channel_axis(c.module, len(g.shape)) for c, g in ((source, source.output), (call, call.input)))
+    return axis is not None and after is not None and source.output.same_axis(axis, call.input, after)
 
 
 def _matrices(op: str, keys: list[Key]) -> list[Key]:

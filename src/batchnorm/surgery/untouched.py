@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..errors import UserError
 from .kinds import is_norm
 
-__all__ = ["call", "generators_kept", "run_example", "untouched"]
+__all__ = ["call", "generators_kept", "no_encoder_fast_path", "run_example", "still", "untouched"]
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -59,8 +59,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag, held in zip(modules, flags, buffers, strict=True):
             module.training = flag
-            module._buffers.clear()
-            module._buffers.update(held)
+            if not isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be exchanged, only written to
+                module._buffers.clear()
+                module._buffers.update(held)
         with torch.no_grad():
             for buffer, value in values.values():
                 if buffer.shape != value.shape:
@@ -70,7 +71,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_encoder_fast_path() -> Iterator[None]:
+def no_encoder_fast_path() -> Iterator[None]:
     """torch's fused encoder skips the calls of the Linears inside it; here each layer has to be called."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -78,6 +79,13 @@ def _no_encoder_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def still(model: nn.Module) -> None:
+    """Normalizations and dropouts in eval: one sample is enough then, and no statistics move."""
+    for module in model.modules():
+        if is_norm(module) or isinstance(module, (_DropoutNd, _InstanceNorm)):
+            module.training = False
 
 
 def run_example(model: nn.Module, example: Any, what: str) -> Any:
@@ -90,11 +98,9 @@ def run_example(model: nn.Module, example: Any, what: str) -> Any:
     lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise UserError(f"{what}: parameter {lazy} is still lazy; run the model once to give it its shape")
-    for module in model.modules():
-        if is_norm(module) or isinstance(module, (_DropoutNd, _InstanceNorm)):
-            module.training = False
+    still(model)
     try:
-        with _no_encoder_fast_path(), torch.compiler.set_stance("force_eager"):
+        with no_encoder_fast_path(), torch.compiler.set_stance("force_eager"):
             return call(model, example)
     except Exception as error:
         shapes = ", ".join(

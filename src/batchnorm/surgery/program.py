@@ -1,0 +1,242 @@
+"""What the program itself says: the record that `trace` makes from a run, read from the graph of `torch.export`.
+
+The graph has a node for each operator, below autograd and below modules, and each node says in which module's call it
+stands. A layer's or a normalization's call is the run of nodes that bear its name; whose result it reads, who else
+reads that, and who else reads its parameters are edges. Nothing runs, so no value can mislead; where the program
+cannot be written down (control flow on values, operators of another tracer), `Unreadable` says so.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import quote_error
+from .kinds import channel_axis, is_layer, is_norm
+from .replace import names_of
+from .trace import NORM_OPS, Call, Geometry, Trace
+from .untouched import no_encoder_fast_path, still, untouched
+
+__all__ = ["Unreadable", "read_program"]
+
+# These carry every element they carry as it is: what is a channel before is one after, on some axis.
+_CARRIERS = {
+    "view", "_unsafe_view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t",
+    "movedim", "swapaxes", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "slice", "select", "expand",
+    "expand_as",
+}  # fmt: skip
+_SHAPED_LIKE = {"view_as", "reshape_as", "expand_as"}  # of their second operand they read the shape alone
+_IDENTITIES = {"to", "type_as", "detach", "lift_fresh", "dropout", "feature_dropout", "alpha_dropout"}
+_CHECKS = {"_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"}  # read no element
+
+
+class Unreadable(Exception):
+    """There is no graph of this model on this example; the message says why, in one line."""
+
+
+def read_program(model: nn.Module, example: Any) -> Trace:
+    """The calls of layers and normalizations in the model's exported program, in order. The model is left as it was.
+
+    Raises:
+        Unreadable: `torch.export` does not take the model, or its graph holds graphs.
+    """
+    if isinstance(example, tuple):
+        args, kwargs = example, {}
+    elif isinstance(example, Mapping) and all(isinstance(key, str) for key in example):
+        args, kwargs = (), dict(example)
+    else:
+        args, kwargs = (example,), {}
+    with untouched(model), no_encoder_fast_path(), _silence():
+        still(model)
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:  # whatever the model's own forward raises under the tracer
+            raise Unreadable(f"torch.export does not take it: {quote_error(error)}") from error
+    return _Reader(model, program).read()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch warns, logs and prints, at length, what it could not export: here it is a reason to look in another way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _Reader:
+    def __init__(self, model: nn.Module, program: Any) -> None:
+        self.model, self.nodes = model, list(program.graph.nodes)
+        self.names, self.modules = names_of(model), dict(model.named_modules(remove_duplicate=False))
+        signature = program.graph_signature
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.constants = {*held, *signature.inputs_to_lifted_tensor_constants, *signature.inputs_to_lifted_custom_objs}
+        self.parameters = {n: id(_get(model, held[n.name])) for n in self.nodes if n.name in held}
+        self.calls: list[Call] = []
+        self.visit: Any = None
+        self.call_of: dict[fx.Node, Call] = {}
+        self.ends: dict[Call, fx.Node] = {}
+
+    def read(self) -> Trace:
+        functional: list[str] = []
+        for node in self.nodes:
+            if node.op == "get_attr" or (node.op == "call_function" and not _is_plain(node)):
+                raise Unreadable(f"its graph holds {node.target}, whose inside is another graph")
+            self._place(node)
+            if node.op == "call_function" and _name(node) in NORM_OPS:
+                call = self.call_of.get(node)
+                if call is None or not is_norm(call.module):
+                    functional.append(self.names[self._modules(node)[-1][1]])
+        for call in self.calls:
+            self._connect(call)
+        for call in self.calls:
+            self._note_readers(call)
+        return Trace(tuple(self.calls), tuple(dict.fromkeys(functional)))
+
+    # --- which nodes are whose ---------------------------------------------------------------------
+    def _modules(self, node: fx.Node) -> list[tuple[Any, nn.Module]]:
+        """The modules in whose calls the node stands, the innermost last. The tracer numbers the calls of a module in
+        its path (`conv`, `conv@1`), so the entry tells one call from the next."""
+        found: list[tuple[Any, nn.Module]] = [(None, self.model)]
+        for key, (path, _) in node.meta.get("nn_module_stack", {}).items():
+            module = self.modules.get(path.partition("@")[0])  # a graph that was exported before tells of lost ones too
+            if module is not None:
+                found.append(((key, path), module))
+        return found
+
+    def _place(self, node: fx.Node) -> None:
+        visit, owner = next(
+            ((v, m) for v, m in reversed(self._modules(node)) if is_layer(m) or is_norm(m)), (None, None)
+        )
+        if node.op != "call_function" or owner is None:
+            return
+        if not self.calls or self.calls[-1].module is not owner or self.visit != visit:
+            self.calls.append(Call(self.names[owner], owner, 0, None))
+        self.visit = visit
+        self.call_of[node] = self.calls[-1]
+        self.ends[self.calls[-1]] = node
+
+    def _given(self, call: Call) -> list[fx.Node]:
+        """The tensors that come into the call from elsewhere, in the order in which it reads them."""
+        inside = [node for node in self.nodes if self.call_of.get(node) is call]
+        read = [n for node in inside for n in node.all_input_nodes]
+        return [
+            n
+            for n in dict.fromkeys(read)
+            if self.call_of.get(n) is not call and n.name not in self.constants and isinstance(n.meta["val"], Tensor)
+        ]
+
+    # --- edges -------------------------------------------------------------------------------------
+    def _connect(self, call: Call) -> None:
+        given, end = self._given(call), self.ends[call]
+        call.inputs = len(given)
+        call.output = _geometry(end)
+        if not given:
+            return
+        call.input = _geometry(given[0])
+        way: list[fx.Node] = []
+        node = given[0]
+        while node not in self.call_of and _carries(node):
+            way.insert(0, node)
+            node = node.args[0]  # type: ignore[assignment]  # a carrier's first operand is the tensor
+        source = self.call_of.get(node)
+        if source is not None and self.ends[source] is node:
+            call.source = source
+            call.aligned = _aligned(source, call, way)
+
+    def _note_readers(self, call: Call) -> None:
+        end = self.ends[call]
+        inside = {node for node, its in self.call_of.items() if its is call}
+        leaks = [user for node in inside - {end} for user in node.users if user not in inside]
+        call.readers = [self._reader(user) for user in [*leaks, *_readers(end)]]
+        call.is_output = any(user.op == "output" for user in end.users)
+        if not is_layer(call.module):
+            return
+        mine = {id(parameter) for parameter in call.module.parameters(False)}
+        reading = [user for node, key in self.parameters.items() if key in mine for user in node.users]
+        call.parameters_shared = any(self._reader(user) != call.name for user in reading if user.op != "output")
+
+    def _reader(self, node: fx.Node) -> str:
+        if node in self.call_of:
+            return self.call_of[node].name
+        return "the model's output" if node.op == "output" else _name(node)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) or getattr(operator, _name(node), None) is node.target
+
+
+def _name(node: fx.Node) -> str:
+    """An operator's name without namespace and overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _get(model: nn.Module, path: str) -> Any:
+    holder, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(holder), name)
+
+
+def _geometry(node: fx.Node) -> Geometry | None:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+        raise Unreadable(f"the shape of {node.name} depends on values")
+    return Geometry.of(value) if isinstance(value, Tensor) else None
+
+
+def _carries(node: fx.Node) -> bool:
+    return node.op == "call_function" and (_name(node) in _CARRIERS or _is_identity(node))
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """A dropout in eval, or a conversion to what the tensor is already."""
+    if _name(node) not in _IDENTITIES or not isinstance(node.args[0], fx.Node):
+        return False
+    if "dropout" in _name(node):
+        return node.args[2] is False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Every node that reads the value, itself or through carriers."""
+    for user in node.users:
+        if _name(user) in _CHECKS or (_name(user) in _SHAPED_LIKE and user.args[0] is not node):
+            continue
+        if _carries(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _aligned(source: Call, call: Call, way: list[fx.Node]) -> bool:
+    """Whether the channels of the source's result are those of the call's input: the way between is walked by a
+    tensor that holds at each place the number of its channel."""
+    assert source.output is not None
+    assert call.input is not None
+    shape = source.output.shape
+    axis, after = channel_axis(source.module, len(shape)), channel_axis(call.module, len(call.input.shape))
+    if axis is None or after is None or shape[axis] != call.input.shape[after]:
+        return False
+    numbers = torch.arange(shape[axis]).view(-1, *[1] * (len(shape) - 1)).movedim(0, axis).expand(shape)
+    for node in way:
+        if _is_identity(node):
+            continue
+        rest: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args[1:]]
+        if _name(node) in _SHAPED_LIKE:
+            rest = [numbers.new_empty(1).expand(rest[0].shape)]
+        numbers = node.target(numbers, *rest, **node.kwargs)  # type: ignore[operator]  # an OpOverload, as _CARRIERS has it
+    return bool((numbers.movedim(after, -1) == torch.arange(shape[axis])).all())
