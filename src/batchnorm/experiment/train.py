@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from batchnorm.experiment.data import PARTS, Dataset
 from batchnorm.experiment.measures import drift_of_run
@@ -39,6 +40,7 @@ class History:
     val_accuracy: list[float] = field(default_factory=list)
     train_loss: list[float | None] = field(default_factory=list)
     percentiles: list[list[list[float]]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # spent on updates, evaluations left out
     test_accuracy: float = 0.0  # at the best evaluation, as is `affine`
     affine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,7 +56,7 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     with _one_thread_deterministic():
         x = {part: torch.from_numpy(data.x[part]) for part in PARTS}
         y = {part: torch.from_numpy(data.y[part]) for part in PARTS}
-        model = architecture.build(run.arm, run.seed)
+        model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed)
         set_dropout(model, run.dropout, x["train"][:2])
         history, probe = History(), Probe(model, x["validation"])
         torch.manual_seed(run.seed)
@@ -74,7 +76,7 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     }
     trace = {
         "run_id": run.run_id,
-        **{key: getattr(history, key) for key in ("steps", "val_accuracy", "train_loss")},
+        **{key: getattr(history, key) for key in ("steps", "seconds", "val_accuracy", "train_loss")},
         "percentiles": probe.to_json(history.percentiles),
         "affine": history.affine,
     }
@@ -93,14 +95,15 @@ def _learn(
 ) -> bool:
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    momentum = 0.9 if run.optimizer == "momentum" else 0.0
-    optimizer = torch.optim.SGD(parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True)
+    optimizer = make_optimizer(run.optimizer, parameters, run.lr, run.weight_decay)
     batches = _batches(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
+    seconds = 0.0
     model.train()
     for step in range(run.steps + 1):
         if step > 0:
+            started = time.perf_counter()
             index = next(batches)
             loss = F.cross_entropy(model(x["train"][index]), y["train"][index])
             losses.append(loss.item())
@@ -109,11 +112,24 @@ def _learn(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            seconds += time.perf_counter() - started
         if step in evaluate_after:
             if not _evaluate(model, step, losses, x, y, history, probe):
                 return False
+            history.seconds.append(round(seconds, 6))
             losses.clear()
     return True
+
+
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+    """Returns torch's optimizer of that name; momentum is 0.9, all else as torch has it."""
+    if name in ("adam", "adamw"):
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return kind(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    momentum = 0.0 if name == "sgd" else 0.9
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, nesterov=name == "nesterov", weight_decay=weight_decay, fused=True
+    )
 
 
 def _batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
