@@ -8,7 +8,6 @@ and the first arm compare there? Estimators, sources, and when they mislead: doc
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,8 @@ from batchnorm.experiment import wording
 from batchnorm.experiment.claims import STEP_FLOOR, Claim, make_claim, power_of_two, sample_of, unclaimed
 from batchnorm.experiment.factors import Factors, Level, choose_level_rates
 from batchnorm.experiment.intervals import CensoredSample, Interval, censored_difference, welch
-from batchnorm.experiment.plan import Plan
+from batchnorm.experiment.plan import Plan, Run
 
-Trace = Mapping[str, Any]
 UNITS = ("updates", "samples", "seconds")
 
 
@@ -38,14 +36,14 @@ class Cell:
     at_best: pd.DataFrame
     at_fastest: pd.DataFrame
     batch: int
-    seconds: float | None
+    seconds: float
 
     @property
     def measured(self) -> pd.DataFrame:
         return self.at_fastest[self.at_fastest["purpose"] == "measure"]
 
-    def cost(self, unit: str) -> float | None:
-        """Returns what one update takes of the unit; None where no run left its time."""
+    def cost(self, unit: str) -> float:
+        """Returns what one update takes of the unit."""
         return {"updates": 1.0, "samples": float(self.batch), "seconds": self.seconds}[unit]
 
     def octaves(self) -> CensoredSample:
@@ -63,7 +61,7 @@ def results(
     settings: Mapping[str, Mapping[str, float]],
     target: float | None,
     samples: int,
-    traces: Callable[[str], Trace],
+    costs: Callable[[list[Run]], Mapping[Run, float]],
 ) -> dict[str, Any]:
     """Returns the `factors` entry of summary.json.
 
@@ -72,15 +70,23 @@ def results(
         settings: each arm's best and fastest rate at the study's own level.
         target: the accuracy that `steps_to_target` refers to.
         samples: the size of the training part, which no batch exceeds.
-        traces: a run's trace by its run_id, for the time that its updates took.
+        costs: gives the seconds that one update of each run takes.
     """
     chosen = choose_level_rates(factors, plan, runs)
-    cells: dict[tuple[Level, str], Cell] = {}
-    for level in factors.levels:
-        own = {arm: (settings[arm]["best_lr"], settings[arm]["fastest_lr"]) for arm in plan.arms}
-        for arm, (best, fastest) in chosen.get(level, own).items():
-            if (level, arm) not in factors.impossible:
-                cells[level, arm] = _cell(arm, level, best, fastest, runs, samples, traces)
+    own = {arm: (settings[arm]["best_lr"], settings[arm]["fastest_lr"]) for arm in plan.arms}
+    rates = {
+        (level, arm): pair
+        for level in factors.levels
+        for arm, pair in chosen.get(level, own).items()
+        if (level, arm) not in factors.impossible
+    }
+    # The rate does not change what an update costs, but one whose loss is not finite would not be taken.
+    timed = {(level, arm): level.run(arm, "measure", plan.measure_seeds[0], min(level.lrs)) for level, arm in rates}
+    seconds = costs(list(timed.values()))
+    cells = {
+        (level, arm): _cell(arm, level, pair, runs, samples, seconds[timed[level, arm]])
+        for (level, arm), pair in rates.items()
+    }
     entries = [_entry(cells.get((level, arm)), level, arm, factors) for level in factors.levels for arm in plan.arms]
     return {
         "own": {"batch_size": plan.batch_size, "optimizer": plan.optimizer},
@@ -94,30 +100,10 @@ def results(
     }
 
 
-def _cell(
-    arm: str,
-    level: Level,
-    best: float,
-    fastest: float,
-    runs: pd.DataFrame,
-    samples: int,
-    traces: Callable[[str], Trace],
-) -> Cell:
+def _cell(arm: str, level: Level, rates: tuple[float, float], runs: pd.DataFrame, samples: int, seconds: float) -> Cell:
     rows = level.rows(runs[runs["arm"] == arm])
-    at_best, at_fastest = (rows[np.isclose(rows["lr"].to_numpy(float), lr, rtol=1e-6)] for lr in (best, fastest))
-    seconds = _seconds_per_update(at_fastest, traces)
-    return Cell(arm, level, best, fastest, at_best, at_fastest, min(level.batch_size, samples), seconds)
-
-
-def _seconds_per_update(rows: pd.DataFrame, traces: Callable[[str], Trace]) -> float | None:
-    """Returns the median over runs: one figure a cell, since a busy moment of the machine is no property of a run."""
-    costs = []
-    for run_id in rows["run_id"]:
-        trace = traces(run_id)
-        steps, seconds = trace.get("steps") or [0], trace.get("seconds") or [0.0]
-        if steps[-1] and seconds[-1]:
-            costs.append(seconds[-1] / steps[-1])
-    return statistics.median(costs) if costs else None
+    at_best, at_fastest = (rows[np.isclose(rows["lr"].to_numpy(float), lr, rtol=1e-6)] for lr in rates)
+    return Cell(arm, level, *rates, at_best, at_fastest, min(level.batch_size, samples), seconds)
 
 
 def _entry(cell: Cell | None, level: Level, arm: str, factors: Factors) -> dict[str, Any]:
@@ -143,7 +129,7 @@ def _entry(cell: Cell | None, level: Level, arm: str, factors: Factors) -> dict[
         "test_half_width": _half_width(best["test_accuracy"].to_numpy(float)),
         "reached": int(np.isfinite(steps).sum()),
         "runs_at_fastest": len(steps),
-        **{f"{unit}_to_target": _known(middle * cost) if cost else None for unit, cost in costs.items()},
+        **{f"{unit}_to_target": _known(middle * cost) for unit, cost in costs.items()},
         "seconds_per_update": cell.seconds,
     }
 
@@ -219,8 +205,6 @@ def _to_target(old: Cell, new: Cell, unit: str, target: float | None) -> Claim:
     if octaves is None or math.isnan(octaves.estimate):
         why = f"too few of the {n} runs reach {goal} to tell"
         return unclaimed(1, "times", why, n, sum(hidden))
-    if costs[0] is None or costs[1] is None:
-        return unclaimed(1, "times", "no run left the time of its updates", n, sum(hidden))
     price = costs[1] / costs[0]
     ratio = Interval(*(price * power_of_two(x) for x in (octaves.estimate, octaves.low, octaves.high)))
     text = wording.level_ratio(ratio, unit, goal, new.level.words, old.level.words, hidden)

@@ -14,6 +14,7 @@ import torch
 
 from batchnorm.errors import UserError
 from batchnorm.experiment.claims import Claim, compute_claims
+from batchnorm.experiment.costs import update_seconds
 from batchnorm.experiment.data import Dataset, load
 from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
 from batchnorm.experiment.factor_results import results
@@ -159,8 +160,10 @@ def study(
         "claims": {name: claim.to_json() for name, claim in claims.items()},
     }
     if factors.levels:
-        samples = len(dataset.y["train"])
-        summary["factors"] = results(plan, factors, table, chosen, target, samples, record.read_trace)
+        summary["factors"] = results(
+            plan, factors, table, chosen, target, len(dataset.y["train"]),
+            lambda timed: update_seconds(timed, architecture, dataset),
+        )  # fmt: skip
     record.rewrite(rows)
     record.write_summary(summary)
     write_report(record.report, summary, table, record.read_trace)

@@ -40,7 +40,6 @@ class History:
     val_accuracy: list[float] = field(default_factory=list)
     train_loss: list[float | None] = field(default_factory=list)
     percentiles: list[list[list[float]]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # spent on updates, evaluations left out
     test_accuracy: float = 0.0  # at the best evaluation, as is `affine`
     affine: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,7 +52,7 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     its accuracies are then those of always answering the most frequent class.
     """
     started = time.perf_counter()
-    with _one_thread_deterministic():
+    with one_thread_deterministic():
         x = {part: torch.from_numpy(data.x[part]) for part in PARTS}
         y = {part: torch.from_numpy(data.y[part]) for part in PARTS}
         model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed)
@@ -76,7 +75,7 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     }
     trace = {
         "run_id": run.run_id,
-        **{key: getattr(history, key) for key in ("steps", "seconds", "val_accuracy", "train_loss")},
+        **{key: getattr(history, key) for key in ("steps", "val_accuracy", "train_loss")},
         "percentiles": probe.to_json(history.percentiles),
         "affine": history.affine,
     }
@@ -96,27 +95,19 @@ def _learn(
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(run.optimizer, parameters, run.lr, run.weight_decay)
-    batches = _batches(len(y["train"]), run.batch_size, run.seed)
+    batches = batches_of(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
-    seconds = 0.0
     model.train()
     for step in range(run.steps + 1):
         if step > 0:
-            started = time.perf_counter()
             index = next(batches)
-            loss = F.cross_entropy(model(x["train"][index]), y["train"][index])
-            losses.append(loss.item())
+            losses.append(update(model, optimizer, x["train"][index], y["train"][index]))
             if not math.isfinite(losses[-1]):
                 return False
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seconds += time.perf_counter() - started
         if step in evaluate_after:
             if not _evaluate(model, step, losses, x, y, history, probe):
                 return False
-            history.seconds.append(round(seconds, 6))
             losses.clear()
     return True
 
@@ -132,7 +123,18 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, wei
     )
 
 
-def _batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+def update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
+    """Takes one step down the loss of a batch and returns the loss; one that is not finite changes nothing."""
+    loss = F.cross_entropy(model(x), y)
+    value = loss.item()
+    if math.isfinite(value):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return value
+
+
+def batches_of(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yields the sample numbers of batches of one size for ever, each pass in a new order.
 
     A pass's remainder is left out rather than made a smaller batch, whose statistics would be of another kind.
@@ -207,7 +209,7 @@ def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
 
 
 @contextmanager
-def _one_thread_deterministic() -> Iterator[None]:
+def one_thread_deterministic() -> Iterator[None]:
     """Runs the block on one thread with deterministic algorithms and gives torch's global state back after it."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
