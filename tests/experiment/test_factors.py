@@ -15,8 +15,10 @@ from torch import nn
 
 from batchnorm import study
 from batchnorm.errors import UserError
+from batchnorm.experiment.data import load
 from batchnorm.experiment.factor_results import results
-from batchnorm.experiment.factors import FULL, MOST_UPDATES, Factors, Level, own_level
+from batchnorm.experiment.factors import FULL, MOST_UPDATES, Factors, Level, design, own_level
+from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import make_plan
 from batchnorm.experiment.record import COLUMNS
 from batchnorm.experiment.study import StudyResult
@@ -111,12 +113,23 @@ def test_batch_normalization_at_a_batch_of_one_is_said_to_be_impossible(result: 
     assert "batch, batch size 1: impossible: in a batch of 1 some unit has a single value" in text
 
 
-def test_ghost_and_renorm_are_reported_as_they_fare_at_a_batch_of_one(tmp_path: Path) -> None:
-    data = write_small_npz(tmp_path / "small.npz")
-    options = {"arms": "none,ghost,renorm,layer", "batch_size": "20,1", "optimizer": None, "lrs": "0.1", "steps": 2}
-    found = factor_study(data, tmp_path / "out", **options)
-    at_one = {c["arm"]: c["impossible"] is None for c in found.summary["factors"]["cells"] if c["level"] == "1"}
-    assert at_one == {"none": True, "ghost": False, "renorm": False, "layer": True}
+@pytest.mark.parametrize(
+    ("model", "arms", "impossible"),
+    [
+        ("mlp", "none,ghost,renorm,batch_no_affine,layer,group", {"ghost", "renorm", "batch_no_affine"}),
+        ("cnn", "none,ghost,renorm,instance,batch", set()),  # a feature map of one sample has many values
+    ],
+)
+def test_which_arms_can_take_a_batch_of_one(model: str, arms: str, impossible: set[str], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).normal(size=(60, 1, 8, 8))
+    np.savez(tmp_path / "images.npz", x=images, y=np.arange(60) % 3)
+    data = load(str(tmp_path / "images.npz"))
+    plan = make_plan(model, arms, batch_size=20)
+    architecture = Architecture(model, data.shape, data.classes, 20)
+    found = design(
+        plan, (20, 8, 1), (), model, quick=True, own_lrs=False, architecture=architecture, data=data
+    ).impossible
+    assert {(level.name, arm) for level, arm in found} == {("1", arm) for arm in impossible}
 
 
 def test_a_network_that_fails_on_small_batches_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from batchnorm.experiment.plan import Run
 from batchnorm.experiment.train import batches_of, make_optimizer, one_thread_deterministic, update
 
 ROUNDS = 3
-LEAST_UPDATES, LEAST_SECONDS = 5, 0.05
+LEAST_UPDATES, LEAST_SECONDS = 5, 0.02
 WARM_UP = 2
 
 
