@@ -113,6 +113,18 @@ def test_batch_normalization_at_a_batch_of_one_is_said_to_be_impossible(result: 
     assert "batch, batch size 1: impossible: in a batch of 1 some unit has a single value" in text
 
 
+def test_rates_fall_with_the_batch_and_adam_has_its_own(tmp_path: Path) -> None:
+    data = load(str(write_small_npz(tmp_path / "small.npz")))
+    plan = make_plan("mlp", "none,layer", quick=True, batch_size=36)
+    levels = design(
+        plan, (36, 20, 8, 1), ("sgd", "adam"), "mlp",
+        quick=True, own_lrs=False, architecture=Architecture("mlp", (4,), 3, 36), data=data,
+    ).levels  # fmt: skip
+    ends = {level.name: (level.lrs[0], level.lrs[-1], len(level.lrs)) for level in levels}
+    assert ends.pop("full (36)") == ends.pop("20") == ends.pop("sgd") == (0.01, 100.0, 5)
+    assert ends == {"8": (0.001, 10.0, 5), "1": (1e-4, 1.0, 5), "adam": (1e-5, 0.1, 5)}
+
+
 @pytest.mark.parametrize(
     ("model", "arms", "impossible"),
     [

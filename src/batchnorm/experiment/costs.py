@@ -14,24 +14,24 @@ from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
 from batchnorm.experiment.train import batches_of, make_optimizer, one_thread_deterministic, update
 
-ROUNDS = 3
+ROUNDS = 5
 LEAST_UPDATES, LEAST_SECONDS = 5, 0.02
 WARM_UP = 2
 
 
 def update_seconds(runs: Iterable[Run], architecture: Architecture, data: Dataset) -> dict[Run, float]:
-    """Returns the median seconds of one update of each run: batch drawn, forward, backward, optimizer.
+    """Returns the seconds of one update of each run: batch drawn, forward, backward, optimizer.
 
-    In rounds over all runs, so that a busy moment of the machine falls on all of them alike; on one thread, as the
-    runs are trained. One network is alive at a time.
+    On one thread, as the runs are trained, and in rounds over all runs: the median update of the least disturbed round,
+    for a busy moment of the machine is no property of a run. One network is alive at a time.
     """
     times: dict[Run, list[float]] = {run: [] for run in runs}
     x, y = torch.from_numpy(data.x["train"]), torch.from_numpy(data.y["train"])
     with one_thread_deterministic():
         for _ in range(ROUNDS):
             for run, taken in times.items():
-                taken += _timed(run, architecture, x, y)
-    return {run: statistics.median(taken) for run, taken in times.items()}
+                taken.append(statistics.median(_timed(run, architecture, x, y)))
+    return {run: min(taken) for run, taken in times.items()}
 
 
 def _timed(run: Run, architecture: Architecture, x: torch.Tensor, y: torch.Tensor) -> list[float]:

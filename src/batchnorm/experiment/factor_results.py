@@ -123,6 +123,7 @@ def _entry(cell: Cell | None, level: Level, arm: str, factors: Factors) -> dict[
         "batch": cell.batch,
         "lr": cell.lr,
         "fastest_lr": cell.fastest_lr,
+        "grid": [level.lrs[0], level.lrs[-1]],
         "runs": len(best),
         "diverged": int(best["diverged"].sum()),
         **{f"{part}_accuracy": _known(best[f"{part}_accuracy"].mean()) for part in ("val", "test")},

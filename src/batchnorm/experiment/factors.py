@@ -7,6 +7,7 @@ the measuring seeds then run at each arm's best and at its fastest rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,8 @@ def design(
 
     def level(factor: str, name: str, size: int, optimizer: str) -> Level:
         lrs = plan.lrs if own_lrs or optimizer == plan.optimizer else rate_grid(model, optimizer, quick)
+        if not own_lrs:
+            lrs = _for_smaller(lrs, optimizer, size / min(plan.batch_size, samples))
         decay = ADAMW_DECAY if optimizer == "adamw" and optimizer != plan.optimizer else 0.0
         same_samples = round(plan.steps * min(plan.batch_size, samples) / min(size, samples))
         steps = min(max(plan.steps, same_samples), MOST_UPDATES * plan.steps)
@@ -195,6 +198,16 @@ def design(
         if size.batch_size != plan.batch_size and (why := _why_impossible(architecture, size, arm, plan, data))
     }
     return Factors(sizes, names, impossible)
+
+
+def _for_smaller(lrs: tuple[float, ...], optimizer: str, share: float) -> tuple[float, ...]:
+    """The rates for a batch of a share of the study's: lower by as many whole decades as the share is nearest to.
+
+    The largest rate that trains falls with the batch (Goyal et al. 2017), for Adam with its root (Malladi et al. 2022).
+    A larger batch keeps the rates, which reach up to divergence as they are.
+    """
+    decades = math.log10(share) / (2 if optimizer.startswith("adam") else 1)
+    return tuple(float(f"{lr * 10 ** min(0, round(decades)):.3g}") for lr in lrs)
 
 
 def _why_impossible(architecture: Architecture, level: Level, arm: str, plan: Plan, data: Dataset) -> str | None:

@@ -78,10 +78,11 @@ def cell_tables(factors: Mapping[str, Any]) -> list[Table]:
 
 
 def cell_table(factor: str, entries: Sequence[Entry]) -> Table | None:
-    head = ["Arm", TITLES[factor], "Rate", "Test accuracy", "Reached", "Updates", "Samples", "Seconds"]
+    head = ["Arm", TITLES[factor], "Rates", "Test accuracy", "Reached", "Updates", "Samples", "Seconds"]
     caption = (
-        f"{TITLES[factor]}: test accuracy at the arm's best rate, mean ± half its 95 % interval; how many runs reached "
-        "the target at its fastest rate (in the column), and what the median run took to it."
+        f"{TITLES[factor]}: the arm's best and its fastest rate (* is an end of the rates tried); test accuracy at the "
+        "best, mean ± half its 95 % interval; how many runs reached the target at the fastest, and what the median run "
+        "took to it."
     )
     return Table(caption, head, [_cell_row(entry) for entry in entries], lead=2) if entries else None
 
@@ -96,7 +97,8 @@ def _cell_row(entry: Entry) -> list[str]:
         accuracy += f" ({entry['diverged']} diverged)"
     reached = f"{entry['reached']} of {entry['runs_at_fastest']}"
     taken = [number(entry.get(f"{unit}_to_target")) for unit in UNITS]
-    return [*where, number(entry["fastest_lr"]), accuracy, reached, *taken]
+    rates = dict.fromkeys(number(lr) + "*" * (lr in entry["grid"]) for lr in (entry["lr"], entry["fastest_lr"]))
+    return [*where, ", ".join(rates), accuracy, reached, *taken]
 
 
 def claim_table(factors: Mapping[str, Any], factor: str) -> Table | None:
