@@ -50,7 +50,7 @@ def picture(drawn: Sequence[figures.Figure], path: Path, columns: int, height: i
     )  # fmt: skip
     rows = -(-len(drawn) // columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    photograph(browser, html, path, 32 + rows * (height + 44))
+    photograph(browser, html, path, 32 + rows * (height + 34))
 
 
 def write_block(name: str, text: str) -> None:
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_block(f"{name}-cells", f"{markdown(_only(cells, pair))}\n\n{cells.caption}")
         write_block(f"{name}-claims", f"{markdown(_only(claims, pair))}\n\n{claims.caption}")
         own = [figure for panels in part.panels if panels.arm in pair for figure in panels.figures]
-        picture(own, IMAGES / f"sgd-{name}.png", 3, 250)
+        picture(own, IMAGES / f"sgd-{name}.png", 3, 280)
     entries = [entry for entry in summary["factors"]["cells"] if entry["factor"] == "batch_size"]
     sentences = " ".join(parts["batch_size"].impossible)
     write_block("small-batches", f"{markdown(small_batches(entries))}\n\n{sentences}")

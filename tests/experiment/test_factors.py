@@ -17,7 +17,7 @@ from batchnorm import study
 from batchnorm.errors import UserError
 from batchnorm.experiment.data import load
 from batchnorm.experiment.factor_results import results
-from batchnorm.experiment.factors import FULL, MOST_UPDATES, Factors, Level, design, own_level
+from batchnorm.experiment.factors import FULL, MOST_UPDATES, Factors, Level, choose_level_rates, design, own_level
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import make_plan
 from batchnorm.experiment.record import COLUMNS
@@ -253,6 +253,19 @@ def test_runs_that_never_arrive_are_late_and_not_absent() -> None:
     assert (none["estimate"], none["verdict"]) == (None, "no difference")
 
 
+def test_an_arm_that_never_arrives_is_shown_at_its_best_rate() -> None:
+    plan = make_plan("mlp", "none,batch", seeds=2)
+    own, small = _level("60", 60, 1000), _level("8", 8, 7500)
+    rows = [
+        {**row, "lr": lr}
+        for arm, late in (("none", math.nan), ("batch", 300.0))
+        for lr, right, steps in ((0.1, 0.9, 3 * late), (1.0, 0.5, late))
+        for row in _rows(arm, small, "choose", [steps, steps + 1], [right, right + 0.001])
+    ]
+    chosen = choose_level_rates(Factors(batch_sizes=(own, small)), plan, pd.DataFrame(rows))
+    assert chosen == {small: {"none": (0.1, 0.1), "batch": (0.1, 1.0)}}
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [
@@ -302,7 +315,7 @@ def test_the_section_draws_every_arm_and_unit(result: StudyResult, tmp_path: Pat
         trace for trace in page.figures["batch_size_1_samples"]["data"] if trace.get("name") and "fill" not in trace
     ]
     last = {trace["name"]: trace["x"][-1] for trace in lines}
-    assert last == {"full (36)": STEPS * 36, "20": 14 * 20, "8": 36 * 8, "1": MOST_UPDATES * STEPS}
+    assert last == {"full": STEPS * 36, "20": 14 * 20, "8": 36 * 8, "1": MOST_UPDATES * STEPS}
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
     assert "factors" not in written(tmp_path, fake_study()).having("id")
 

@@ -278,5 +278,7 @@ def choose_level_rates(factors: Factors, plan: Plan, runs: pd.DataFrame) -> dict
         rows = level.rows(runs).assign(weight_decay=0.0)
         if arms:
             best, fastest = choose_rates(rows, arms), choose_fastest(rows, arms)
-            found[level] = {arm: (best[arm], fastest[arm]) for arm in arms}
+            choosing = rows[(rows["purpose"] == "choose") & ~rows["diverged"] & rows["steps_to_target"].notna()]
+            # An arm of which no run arrives has no fastest rate.
+            found[level] = {arm: (best[arm], (fastest if arm in set(choosing["arm"]) else best)[arm]) for arm in arms}
     return found

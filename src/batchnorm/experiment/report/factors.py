@@ -191,16 +191,21 @@ def _overview_traces(
 
 def _panels(evidence: Evidence, factor: str, arm: str, entries: Sequence[Entry]) -> list[Figure]:
     """One arm's median curve at every level, against each of the units; the band holds every seed."""
-    levels = [str(level) for level in dict.fromkeys(entry["level"] for entry in entries)]
+    levels = [_short(level) for level in dict.fromkeys(entry["level"] for entry in entries)]
     curves: list[tuple[Entry, Curve]] = []
     for entry in (entry for entry in entries if entry["arm"] == arm and not entry.get("impossible")):
         setting = {"lr": entry["fastest_lr"], "weight_decay": entry["weight_decay"], "dropout": 0.0}
-        curve = evidence.curve_of(str(entry["level"]), evidence.measured_at(entry, arm, **setting))
+        curve = evidence.curve_of(_short(entry["level"]), evidence.measured_at(entry, arm, **setting))
         if curve:
             curves.append((entry, curve))
     index = evidence.arms.index(arm)
     figures = [_panel(f"{factor}_{index}_{unit}", unit, arm, levels, curves) for unit in UNITS]
     return [figure for figure in figures if figure]
+
+
+def _short(level: object) -> str:
+    """ "full (1079)" as "full", which a narrow panel's legend has room for."""
+    return str(level).partition(" ")[0]
 
 
 def _panel(
@@ -220,5 +225,6 @@ def _panel(
     limits = [float(np.log10(end)) for end in (min(ends), max(ends))]
     x = axis(f"{UNITS[unit]} (log scale)", type="log", dtick=1, range=[limits[0] - 0.03, limits[1] + 0.03])
     drawn = layout(x, axis("validation accuracy", tickformat=".0%", range=[0, 1]), showlegend=True)
+    drawn["legend"]["font"]["size"] = 11
     alt = f"Validation accuracy of {arm} against {UNITS[unit]}. " + " ".join(words)
-    return Figure(name, data, drawn, 330, alt, f"{arm}: against {UNITS[unit]}")
+    return Figure(name, data, drawn, 330, alt, f"{arm}: against {unit}")
