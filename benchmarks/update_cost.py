@@ -4,7 +4,7 @@
 
 The study's `mlp` on digits, whose training part is repeated 4, 16 and 64 times: an update's cost depends on how many
 samples there are and not on which. All sizes, arms and batches are timed in turn on one thread, a block of updates
-each, so that a busy moment falls on all alike; medians of the blocks. Needs Chromium for the picture.
+each, so that a busy moment falls on all alike; the ratios are medians of the ratios within a round. Needs Chromium for the picture.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def one_update(arm: str, batch: str, x: torch.Tensor, y: torch.Tensor) -> Callab
     return take
 
 
-def measure(repeats: int) -> tuple[dict[Key, float], int]:
-    """Returns the median seconds of an update by (arm, batch, factor), and the samples at factor 1."""
+def measure(repeats: int) -> tuple[dict[Key, list[float]], int]:
+    """Returns the seconds of an update in every round by (arm, batch, factor), and the samples at factor 1."""
     data = load("digits")
     pairs = {}
     for factor in FACTORS:
@@ -66,9 +66,14 @@ def measure(repeats: int) -> tuple[dict[Key, float], int]:
             started = time.perf_counter()
             for _ in range(blocks[key]):
                 take()
-            if repeat:  # the first round warms caches and allocator up
+            if repeat > 0:  # the first round warms caches and allocator up
                 times[key].append((time.perf_counter() - started) / blocks[key])
-    return {key: statistics.median(taken) for key, taken in times.items()}, len(data.y["train"])
+    return times, len(data.y["train"])
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Returns the median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def main() -> None:
@@ -78,8 +83,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     costs, samples = measure(repeats)
-    ratios = {key: seconds / costs[key[0], key[1], 1] for key, seconds in costs.items()}
-    across = {(arm, f): costs[arm, "full", f] / costs[arm, "mini", f] for arm in ARMS for f in FACTORS}
+    ratios = {key: ratio(taken, costs[key[0], key[1], 1]) for key, taken in costs.items()}
+    across = {(arm, f): ratio(costs[arm, "full", f], costs[arm, "mini", f]) for arm in ARMS for f in FACTORS}
     lines = [
         f"| {f} × | {f * samples:,} | "
         + " | ".join(
@@ -90,12 +95,12 @@ def main() -> None:
     ]
     heads = " | ".join(f"`{arm}`: full | mini-batch | full / mini" for arm in ARMS)
     table = "\n".join([f"| data | samples | {heads} |", "|---" * (2 + 3 * len(ARMS)) + "|", *lines])
-    mini = ", ".join(f"{1000 * costs[arm, 'mini', 1]:.2f} ms (`{arm}`)" for arm in ARMS)
+    mini = ", ".join(f"{1000 * statistics.median(costs[arm, 'mini', 1]):.2f} ms (`{arm}`)" for arm in ARMS)
     write_block(
         "update-cost",
         f"{table}\n\nOne update against one at 1 ×, and all data against a mini-batch of {MINI}, whose update took "
         f"{mini} at 1 × here. {platform.system()} {platform.machine()}, one thread of {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, medians of {repeats} interleaved blocks, commit {library_commit() or 'unknown'}.",
+        f"torch {torch.__version__}, medians over {repeats} rounds, commit {library_commit() or 'unknown'}.",
     )
     cost_picture(ratios, FACTORS, ARMS, PAGE.parent / "images" / "update-cost.png")
     print(PAGE)
