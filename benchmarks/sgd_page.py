@@ -105,6 +105,20 @@ def small_batches(entries: Sequence[Mapping[str, Any]]) -> Table:
     return Table("", ["arm", *levels], [[f"`{arm}`", *cells] for arm, cells in rows.items()])
 
 
+def against_own(claims: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Arms down, batch sizes across: points of test accuracy against the study's own batch size."""
+    found = [c for c in claims.values() if c["factor"] == "batch_size" and c["measure"] == "accuracy"]
+    found = [claim for claim in found if "against_level" in claim]
+    levels = list(dict.fromkeys(claim["level"] for claim in found))
+    rows: dict[str, dict[str, str]] = {}
+    for claim in found:
+        rows.setdefault(claim["arm"], {})[claim["level"]] = (
+            f"{claim['estimate']:+.1f} ({claim['ci_low']:.1f} to {claim['ci_high']:.1f})".replace("-", "−")
+        )
+    lines = [[f"`{arm}`", *(own.get(level, "impossible") for level in levels)] for arm, own in rows.items()]
+    return Table("", [f"points against {found[0]['against_level']}", *levels], lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page's blocks and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture(own, IMAGES / f"sgd-{name}.png", 3, 280)
     entries = [entry for entry in summary["factors"]["cells"] if entry["factor"] == "batch_size"]
     sentences = " ".join(parts["batch_size"].impossible)
-    write_block("small-batches", f"{markdown(small_batches(entries))}\n\n{sentences}")
+    write_block(
+        "small-batches",
+        f"{markdown(small_batches(entries))}\n\n{markdown(against_own(summary['factors']['claims']))}\n\n{sentences}",
+    )
     picture(parts["batch_size"].overview, IMAGES / "sgd-small-batches.png", 1, 380)
     versions = f"torch {summary['torch']}, {summary['platform']}, commit {summary['commit']}"
     words = shlex.split(summary["command"])

@@ -4,7 +4,8 @@
 
 The study's `mlp` on digits, whose training part is repeated 4, 16 and 64 times: an update's cost depends on how many
 samples there are and not on which. All sizes, arms and batches are timed in turn on one thread, a block of updates
-each, so that a busy moment falls on all alike; the ratios are medians of the ratios within a round. Needs Chromium for the picture.
+each, so that a busy moment falls on all alike; the ratios are medians of the ratios within a round.
+Needs Chromium for the picture.
 """
 
 from __future__ import annotations

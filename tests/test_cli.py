@@ -223,7 +223,7 @@ def test_levels_that_are_impossible_are_printed_in_words(small_npz: Path, capsys
     assert err == ""
     lines = printed.splitlines()
     assert lines[-3:] == [str(Path("out", name)) for name in ("report.html", "runs.csv", "summary.json")]
-    assert lines[-4].startswith("batch, batch size 1: impossible: in a batch of 1")
+    assert lines[-4].startswith("Batch size 1 is impossible for batch: in a batch of 1")
     assert "adam" in printed
 
 

@@ -110,7 +110,7 @@ def test_batch_normalization_at_a_batch_of_one_is_said_to_be_impossible(result: 
     assert "no variance" in cells["batch", "1"]["impossible"]
     assert cells["group", "1"]["test_accuracy"] > 0
     text = Page(result.report.read_text(encoding="utf-8")).text
-    assert "batch, batch size 1: impossible: in a batch of 1 some unit has a single value" in text
+    assert "Batch size 1 is impossible for batch: in a batch of 1 some unit has a single value" in text
 
 
 def test_rates_fall_with_the_batch_and_adam_has_its_own(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_network_that_fails_on_small_batches_is_quoted(tmp_path: Path, monkeyp
     options = {"model": "squeezing_nets:net", "arms": "none,layer", "batch_size": "20,1", "optimizer": "sgd"}
     found = factor_study(data, tmp_path / "out", **options, lrs="0.1", steps=2)
     words = {cell["impossible"] for cell in found.summary["factors"]["cells"] if cell["level"] == "1"}
-    assert words == {"impossible: the network fails on a batch of 1 (IndexError: no batch axis)"}
+    assert words == {"the network fails on a batch of 1 (IndexError: no batch axis)"}
 
 
 def test_resume_runs_what_is_missing_and_refuses_other_levels(

@@ -220,10 +220,10 @@ def _why_impossible(architecture: Architecture, level: Level, arm: str, plan: Pl
         except Exception as error:
             if "more than 1 value per channel" in str(error):
                 return (
-                    f"impossible: in a batch of {level.batch_size} some unit has a single value, "
+                    f"in a batch of {level.batch_size} some unit has a single value, "
                     "which has no variance to normalize by"
                 )
-            return f"impossible: the network fails on a batch of {level.batch_size} ({quote_error(error)})"
+            return f"the network fails on a batch of {level.batch_size} ({quote_error(error)})"
     return None
 
 

@@ -61,11 +61,13 @@ def parts(evidence: Evidence) -> list[Part]:
 
 
 def impossible_words(entries: Sequence[Entry]) -> list[str]:
-    """A sentence for each arm and level that cannot be trained."""
+    """A sentence for each level that some arms cannot be trained at."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        if why := entry.get("impossible"):
+            found.setdefault((TITLES[entry["factor"]], str(entry["level"]), str(why)), []).append(str(entry["arm"]))
     return [
-        f"{entry['arm']}, {TITLES[entry['factor']].lower()} {entry['level']}: {entry['impossible']}."
-        for entry in entries
-        if entry.get("impossible")
+        f"{title} {level} is impossible for {', '.join(arms)}: {why}." for (title, level, why), arms in found.items()
     ]
 
 
