@@ -184,8 +184,8 @@ def test_the_command_in_the_summary_makes_the_study_again(result: StudyResult) -
     assert result.summary["command"].endswith("--batch-size full,20,8,1 --optimizer momentum,adamw")
 
 
-@pytest.mark.parametrize("given", [[FULL], ["full", 0], [], [2.5]])
-def test_bad_levels_are_refused_in_python_too(given: list[object]) -> None:
+@pytest.mark.parametrize("given", [[FULL], ["full", 0], [], [2.5], 60.0, True])
+def test_bad_levels_are_refused_in_python_too(given: object) -> None:
     with pytest.raises(UserError, match="--batch-size"):
         study("digits", batch_size=given)  # type: ignore[arg-type]  # wrong on purpose
 

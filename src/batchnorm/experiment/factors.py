@@ -95,7 +95,7 @@ class Factors:
 
 def parse_batch_sizes(given: str | int | Iterable[str | int]) -> tuple[int, ...]:
     """Returns the batch sizes of a comma-separated list (or a number, or any iterable), FULL for ``full``."""
-    parts = [given] if isinstance(given, int) else given.split(",") if isinstance(given, str) else list(given)
+    parts = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
     sizes = []
     for part in parts:
         word = str(part).strip()
