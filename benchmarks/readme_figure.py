@@ -88,7 +88,7 @@ def page(evidence: Evidence) -> str | None:
     )  # fmt: skip
 
 
-def photograph(browser: str, html: str, picture: Path, height: int = HEIGHT) -> None:
+def photograph(browser: str, html: str, picture: Path, height: int = HEIGHT, colors: int = COLORS) -> None:
     """Takes the page's picture without a network, at twice the size for sharp screens, in a small palette."""
     with tempfile.TemporaryDirectory() as folder:
         source, shot = Path(folder, "page.html"), Path(folder, "shot.png")
@@ -101,7 +101,7 @@ def photograph(browser: str, html: str, picture: Path, height: int = HEIGHT) -> 
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         with Image.open(shot) as image:
-            image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(picture, optimize=True)
+            image.convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
