@@ -88,7 +88,7 @@ def page(evidence: Evidence) -> str | None:
     )  # fmt: skip
 
 
-def photograph(browser: str, html: str, picture: Path) -> None:
+def photograph(browser: str, html: str, picture: Path, height: int = HEIGHT, colors: int = COLORS) -> None:
     """Takes the page's picture without a network, at twice the size for sharp screens, in a small palette."""
     with tempfile.TemporaryDirectory() as folder:
         source, shot = Path(folder, "page.html"), Path(folder, "shot.png")
@@ -96,12 +96,12 @@ def photograph(browser: str, html: str, picture: Path) -> None:
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
-            f"--window-size={WIDTH},{HEIGHT}", f"--force-device-scale-factor={SCALE}", "--virtual-time-budget=5000",
+            f"--window-size={WIDTH},{height}", f"--force-device-scale-factor={SCALE}", "--virtual-time-budget=5000",
             f"--screenshot={shot}", source.as_uri(),
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         with Image.open(shot) as image:
-            image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(picture, optimize=True)
+            image.convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,18 @@ def test_bad_image_folders(capsys: pytest.CaptureFixture[str]) -> None:
         (("--lrs", "0"), "--lrs"),
         (("--lrs", "1,1"), "twice"),
         (("--steps", "0"), "--steps"),
-        (("--batch-size", "1"), "--batch-size"),
-        (("--optimizer", "adam"), "adam"),
+        (("--batch-size", "1"), "60,1"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--batch-size", "-8"), "'-8'"),
+        (("--batch-size", "8,x"), "'x'"),
+        (("--batch-size", "8,,2"), "''"),
+        (("--batch-size", "8,2,8"), "twice"),
+        (("--batch-size", "60,1080"), "1079 training samples"),
+        (("--batch-size", "full,1079"), "full is 1079"),
+        (("--optimizer", "rprop"), "'rprop'"),
+        (("--optimizer", "sgd,foo"), "'foo'"),
+        (("--optimizer", "sgd,sgd"), "twice"),
+        (("--optimizer", ""), "''"),
         (("--workers", "0"), "--workers"),
         (("--engine", "slurm"), "slurm"),
         (("--foo",), "--foo"),
@@ -204,6 +214,17 @@ def test_a_study_ends_with_the_claims_and_the_three_files(small_npz: Path, capsy
     assert printed.splitlines()[-3:] == [str(Path(out, name)) for name in ("report.html", "runs.csv", "summary.json")]
     for name in ("convergence", "learning_rate", "weight_decay", "dropout", "generalization", "drift"):
         assert name in printed
+
+
+def test_levels_that_are_impossible_are_printed_in_words(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factors = ("--batch-size", "20,1", "--optimizer", "sgd,adam")
+    assert main(["study", "--data", str(small_npz), "--out", "out", *SMALL, *factors]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    lines = printed.splitlines()
+    assert lines[-3:] == [str(Path("out", name)) for name in ("report.html", "runs.csv", "summary.json")]
+    assert lines[-4].startswith("Batch size 1 is impossible for batch: in a batch of 1")
+    assert "adam" in printed
 
 
 def test_json_is_all_that_goes_to_stdout(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,18 @@ def study(
         str | None, typer.Option(help="Learning rates, comma-separated.", show_default="half decades")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.", show_default="1000, quick 600")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 60,
-    optimizer: Annotated[str, typer.Option(help="sgd, or momentum for SGD with momentum 0.9.")] = "sgd",
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples a step, a number or full. Several, as full,256,60,8,1, are compared.", show_default="60"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="sgd, momentum, nesterov, adam or adamw. Several, comma-separated, are compared.", show_default="sgd"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout and nothing else.")] = False,
 ) -> None:
     """Measures what batch normalization does to a network: trains it with and without, over grids of learning
@@ -106,7 +116,18 @@ def _show_claims(result: StudyResult) -> None:
     for name, claim in result.claims.items():
         table.add_row(name, claim.verdict, claim.text)
     # Labels and file names may hold what rich would take for markup.
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    if "factors" in summary:
+        from batchnorm.experiment.report.factors import cell_tables, impossible_words
+
+        for found in cell_tables(summary["factors"]):
+            shown = Table(*found.head, title=found.caption, title_justify="left")
+            for row in found.rows:
+                shown.add_row(*row)
+            console.print(shown)
+        for sentence in impossible_words(summary["factors"]["cells"]):
+            print(sentence)
     for path in (result.report, result.runs_csv, result.summary_json):
         print(path)
 

@@ -27,7 +27,7 @@ __all__ = ["Claim", "compute_claims", "drift_of_run"]
 
 # Octaves. Steps to the target are interpolated between evaluations about a quarter of an octave apart; seeds that
 # agree more closely than a fifth of that agree by luck.
-_STEP_FLOOR = 0.05
+STEP_FLOOR = 0.05
 # Natural logarithm; percentiles are stored to five digits, their wander is not known to better than a percent.
 _DRIFT_RESOLUTION = 0.02
 
@@ -105,7 +105,7 @@ class _Study:
         return float(gaps.min()) if len(gaps) else 0.0
 
 
-def _sample(values: ArrayLike, purposes: ArrayLike, resolution: float) -> Sample:
+def sample_of(values: ArrayLike, purposes: ArrayLike, resolution: float) -> Sample:
     """One value a seed: the measuring seeds locate, the choosing seeds lend their spread. NaN is left out."""
     numbers, names = np.asarray(values, dtype=np.float64), np.asarray(purposes)
     known = np.isfinite(numbers)
@@ -123,7 +123,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _claim(
+def make_claim(
     interval: Interval, null: float, larger_is_better: bool, unit: str, n: int, censored: int, text: str
 ) -> Claim:
     ends = (_finite(interval.estimate), _finite(interval.low), _finite(interval.high))
@@ -131,8 +131,8 @@ def _claim(
     return Claim(ends[0], null, ends[1], ends[2], unit, verdict, n, censored, text)
 
 
-def _unclaimed(null: float, unit: str, why: str, n: int = 0, censored: int = 0) -> Claim:
-    return _claim(NOTHING, null, True, unit, n, censored, f"no claim: {why}")
+def unclaimed(null: float, unit: str, why: str, n: int = 0, censored: int = 0) -> Claim:
+    return make_claim(NOTHING, null, True, unit, n, censored, f"no claim: {why}")
 
 
 def _steps(study: _Study, arm: str) -> CensoredSample:
@@ -142,10 +142,10 @@ def _steps(study: _Study, arm: str) -> CensoredSample:
     steps = rows["steps_to_target"].to_numpy(float)
     reached = np.isfinite(steps) & (steps <= study.budget) & ~rows["diverged"].to_numpy(bool)
     limit = math.log2(max(study.budget, 1))
-    return CensoredSample(np.log2(np.maximum(steps[reached], 1)), int(np.sum(~reached)), limit, _STEP_FLOOR)
+    return CensoredSample(np.log2(np.maximum(steps[reached], 1)), int(np.sum(~reached)), limit, STEP_FLOOR)
 
 
-def _power_of_two(octaves: float) -> float:
+def power_of_two(octaves: float) -> float:
     # Past 2^60 a ratio says nothing but that its side is open.
     return 2.0**octaves if abs(octaves) < 60 else math.inf if octaves > 0 else 0.0
 
@@ -156,14 +156,14 @@ def _convergence(study: _Study) -> Claim:
     hidden = (first.hidden, second.hidden)
     target = wording.percent(study.target) if study.target is not None else "the target"
     if n < 2:
-        return _unclaimed(1, "times", "fewer than two seeds measured an arm at its best rate", n, sum(hidden))
+        return unclaimed(1, "times", "fewer than two seeds measured an arm at its best rate", n, sum(hidden))
     octaves = censored_difference(first, second)
     if math.isnan(octaves.estimate):
         why = wording.too_few_arrivals(target, study.arms, hidden, n, study.budget)
-        return _unclaimed(1, "times", why, n, sum(hidden))
-    ratio = Interval(*(_power_of_two(x) for x in (octaves.estimate, octaves.low, octaves.high)))
+        return unclaimed(1, "times", why, n, sum(hidden))
+    ratio = Interval(*(power_of_two(x) for x in (octaves.estimate, octaves.low, octaves.high)))
     text = wording.convergence(ratio, target, study.arms, hidden, study.budget)
-    return _claim(ratio, 1, True, "times", n, sum(hidden), text)
+    return make_claim(ratio, 1, True, "times", n, sum(hidden), text)
 
 
 def _learning_rate(study: _Study) -> Claim:
@@ -172,19 +172,19 @@ def _learning_rate(study: _Study) -> Claim:
         table = study.table(study.rows(arm, weight_decay=0, dropout=0), "lr")
         rates = table.columns.to_numpy(float)
         if len(rates) < 2 or len(table) < 2:
-            return _unclaimed(0, "decades", "it takes at least two rates and two seeds an arm")
+            return unclaimed(0, "decades", "it takes at least two rates and two seeds an arm")
         purposes = table.index.get_level_values("purpose")
         widths = [decades_within(rates, row, study.chance) for row in table.to_numpy()]
         cut += sum(reaches_grid_end(row) for row in table.to_numpy()[purposes == "measure"])
         # Between two rates the curve is a guess: a cliff is only known to lie in one cell of the grid.
-        samples.append(_sample(widths, purposes, float(np.diff(np.log10(rates)).max())))
+        samples.append(sample_of(widths, purposes, float(np.diff(np.log10(rates)).max())))
     n = min(len(sample.values) for sample in samples)
     interval = welch(*samples)
     if math.isnan(interval.estimate):
-        return _unclaimed(0, "decades", "fewer than two seeds measured an arm at every rate", n, cut)
+        return unclaimed(0, "decades", "fewer than two seeds measured an arm at every rate", n, cut)
     seeds = sum(len(sample.values) for sample in samples)
     text = wording.learning_rate(interval, samples[0].mean, samples[1].mean, cut, seeds)
-    return _claim(interval, 0, True, "decades", n, cut, text)
+    return make_claim(interval, 0, True, "decades", n, cut, text)
 
 
 def _levels(tables: Mapping[str, pd.DataFrame], sign: int) -> dict[str, Hashable]:
@@ -200,48 +200,48 @@ def _spread(study: _Study, factor: str, other: str) -> Claim:
     for arm in study.arms:
         table = study.table(study.rows(arm, lr=study.settings[arm]["best_lr"], **{other: 0.0}), factor)
         if table.shape[1] < 2 or {"choose", "measure"} - set(table.index.get_level_values("purpose")):
-            return _unclaimed(0, "points", "it takes two settings, each with choosing and measuring seeds, an arm")
+            return unclaimed(0, "points", "it takes two settings, each with choosing and measuring seeds, an arm")
         tables[arm] = table
     best, worst = _levels(tables, 1), _levels(tables, -1)
     step = 100 * study.accuracy_step("val_accuracy")
     samples = [
-        _sample(100 * (table[best[arm]] - table[worst[arm]]), table.index.get_level_values("purpose"), step)
+        sample_of(100 * (table[best[arm]] - table[worst[arm]]), table.index.get_level_values("purpose"), step)
         for arm, table in tables.items()
     ]
     n = min(len(sample.values) for sample in samples)
     interval = welch(*samples)
     if math.isnan(interval.estimate):
-        return _unclaimed(0, "points", "fewer than two seeds measured an arm at every setting", n)
+        return unclaimed(0, "points", "fewer than two seeds measured an arm at every setting", n)
     text = wording.spread(interval, samples[0].mean, samples[1].mean, factor.replace("_", "-"))
-    return _claim(interval, 0, False, "points", n, 0, text)
+    return make_claim(interval, 0, False, "points", n, 0, text)
 
 
 def _generalization(study: _Study) -> Claim:
     step = 100 * study.accuracy_step("test_accuracy")
     rows = [study.at_chosen_setting(arm) for arm in study.arms]
-    samples = [_sample(100 * arm["test_accuracy"], arm["purpose"], step) for arm in rows]
+    samples = [sample_of(100 * arm["test_accuracy"], arm["purpose"], step) for arm in rows]
     n = min(len(sample.values) for sample in samples)
     interval = welch(*samples)
     if math.isnan(interval.estimate):
-        return _unclaimed(0, "points", "fewer than two seeds measured an arm at its chosen setting", n)
+        return unclaimed(0, "points", "fewer than two seeds measured an arm at its chosen setting", n)
     text = wording.generalization(interval, samples[0].mean, samples[1].mean)
-    return _claim(interval, 0, True, "points", n, 0, text)
+    return make_claim(interval, 0, True, "points", n, 0, text)
 
 
 def _drift(study: _Study) -> Claim:
     rows = [study.at_best_rate(arm) for arm in study.arms]
     drifts = [arm["drift"].astype(float).where(lambda drift: drift > 0) for arm in rows]
     samples = [
-        _sample(np.log(drift), arm["purpose"], _DRIFT_RESOLUTION) for drift, arm in zip(drifts, rows, strict=True)
+        sample_of(np.log(drift), arm["purpose"], _DRIFT_RESOLUTION) for drift, arm in zip(drifts, rows, strict=True)
     ]
     n = min(len(sample.values) for sample in samples)
     lost = sum(int((arm["purpose"] == "measure").sum()) for arm in rows) - sum(len(s.values) for s in samples)
     logs = welch(*samples)
     if math.isnan(logs.estimate):
-        return _unclaimed(1, "times", "fewer than two runs of an arm have percentiles that move", n, lost)
-    ratio = Interval(*(_power_of_two(x / math.log(2)) for x in (logs.estimate, logs.low, logs.high)))
+        return unclaimed(1, "times", "fewer than two runs of an arm have percentiles that move", n, lost)
+    ratio = Interval(*(power_of_two(x / math.log(2)) for x in (logs.estimate, logs.low, logs.high)))
     text = wording.drift(ratio, math.exp(samples[0].mean), math.exp(samples[1].mean), lost)
-    return _claim(ratio, 1, False, "times", n, lost, text)
+    return make_claim(ratio, 1, False, "times", n, lost, text)
 
 
 def compute_claims(

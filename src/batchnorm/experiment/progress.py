@@ -38,6 +38,12 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
 
+    def expect(self, total: int) -> None:
+        """Sets the number of runs, once it is known better than at the start."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def finished(self, row: dict[str, Any]) -> None:
         """Takes note of a finished run."""
         self._done += 1

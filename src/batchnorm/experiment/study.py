@@ -14,8 +14,22 @@ import torch
 
 from batchnorm.errors import UserError
 from batchnorm.experiment.claims import Claim, compute_claims
+from batchnorm.experiment.costs import update_seconds
 from batchnorm.experiment.data import Dataset, load
 from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
+from batchnorm.experiment.factor_results import results
+from batchnorm.experiment.factors import (
+    Factors,
+    choose_level_rates,
+    design,
+    fit_batch_sizes,
+    most_runs,
+    own_level,
+    parse_batch_sizes,
+    parse_optimizers,
+    runs_to_choose,
+    runs_to_measure,
+)
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
 from batchnorm.experiment.probe import layer_table
@@ -63,8 +77,8 @@ def study(
     *,
     lrs: str | Iterable[float] | None = None,
     steps: int | None = None,
-    batch_size: int = 60,
-    optimizer: str = "sgd",
+    batch_size: str | int | Iterable[str | int] | None = None,
+    optimizer: str | Iterable[str] | None = None,
     progress: TextIO | None = None,
 ) -> StudyResult:
     """Trains the same network under each arm over grids of settings and seeds, and measures how they differ.
@@ -81,21 +95,30 @@ def study(
         engine: ``local``: processes of this machine.
         lrs: learning rates instead of the grid of half decades.
         steps: optimizer steps a run; None = 1000 (600 when `quick`).
-        batch_size: samples a step.
-        optimizer: ``sgd``, or ``momentum`` for SGD with momentum 0.9.
+        batch_size: samples an update, ``full`` for all training samples; None = 60. Several make batch size a factor.
+        optimizer: of torch.optim: ``sgd``, ``momentum`` or ``nesterov`` (SGD with 0.9), ``adam``, ``adamw``; None =
+            ``sgd``. Several make the optimizer a factor.
         progress: where to show progress; None = nowhere.
 
     Raises:
         UserError: anything wrong with the options, the data or the network, in one sentence.
     """
     started = time.monotonic()
+    sizes = None if batch_size is None else parse_batch_sizes(batch_size)
+    names = None if optimizer is None else parse_optimizers(optimizer)
+    own_size, own_optimizer = own_level(sizes, names)
     plan = make_plan(
-        model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=batch_size, optimizer=optimizer
+        model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=own_size, optimizer=own_optimizer
     )
     _check_running(engine, workers)
     dataset = load(data, BASE_SEED)
-    architecture = Architecture(model, dataset.shape, dataset.classes, batch_size)
+    fitted, plan = fit_batch_sizes(sizes, plan, len(dataset.y["train"]))
+    architecture = Architecture(model, dataset.shape, dataset.classes, plan.batch_size)
     layers = _check_arms(plan, architecture, dataset)
+    factors = design(
+        plan, fitted, names or (), model, quick=quick, own_lrs=lrs is not None, architecture=architecture,
+        data=dataset,
+    )  # fmt: skip
     record = Record(Path(out))
     options = {
         "data": dataset.name,
@@ -103,18 +126,31 @@ def study(
         "model": model,
         "model_digest": model_digest(model),
         **plan.to_json(),
+        **factors.to_json(),
     }
-    rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
+    rows, added = _run_missing(
+        plan, factors, architecture, dataset, record, record.begin(options, resume), workers, progress
+    )
     rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
-    table = _table(rows)
     claims = compute_claims(
-        table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
+        _table(rows), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
         target=target, chance=dataset.chance("validation"),
     )  # fmt: skip
+    rows += with_steps(target, added, record)
+    table = _table(rows)
     summary = {
         "schema": 1,
         **versions(),
-        "command": _command(plan, data=data, model=model, out=str(out), quick=quick, own_lrs=lrs is not None),
+        "command": _command(
+            plan,
+            factors,
+            data=data,
+            model=model,
+            out=str(out),
+            quick=quick,
+            own_lrs=lrs is not None,
+            own_size=batch_size is not None,
+        ),
         "data": dataset.describe(),
         "model": model,
         **_design(plan, chosen, target),
@@ -123,6 +159,11 @@ def study(
         "seconds": round(time.monotonic() - started, 1),
         "claims": {name: claim.to_json() for name, claim in claims.items()},
     }
+    if factors.levels:
+        summary["factors"] = results(
+            plan, factors, table, chosen, target, len(dataset.y["train"]),
+            lambda timed: update_seconds(timed, architecture, dataset),
+        )  # fmt: skip
     record.rewrite(rows)
     record.write_summary(summary)
     write_report(record.report, summary, table, record.read_trace)
@@ -147,17 +188,19 @@ def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[s
 
 def _run_missing(
     plan: Plan,
+    factors: Factors,
     architecture: Architecture,
     data: Dataset,
     record: Record,
     done: list[Row],
     workers: int | None,
     progress: TextIO | None,
-) -> list[Row]:
-    """Returns the rows of all the plan's runs, in its order, training those that are not `done`."""
+) -> tuple[list[Row], list[Row]]:
+    """Returns the rows of all the plan's runs, in its order, and of the factors', training those not `done`."""
     rows = {row["run_id"]: row for row in done}
     workers = workers or available_workers()
-    with shared_data(data) as folder, fresh_workers(), ProgressView(len(plan), len(rows), progress) as view:
+    total = len(plan) + most_runs(factors, plan)
+    with shared_data(data) as folder, fresh_workers(), ProgressView(total, len(rows), progress) as view:
 
         def finished(row: Row) -> None:
             rows[row["run_id"]] = row
@@ -168,8 +211,16 @@ def _run_missing(
             execute(missing, architecture, folder, record.folder, workers, finished)
             return [rows[run.run_id] for run in runs]
 
-        first = wave(plan.runs_at_base())
-        return first + wave(plan.runs_at_best(choose_rates(_table(first), plan.arms)))
+        own = wave(plan.runs_at_base())
+        own += wave(plan.runs_at_best(choose_rates(_table(own), plan.arms)))
+        choosing = wave(runs_to_choose(factors, plan))
+        if not choosing:
+            return own, []
+        _, _, target = _evaluate_rows(plan, data, record, own)
+        chosen = choose_level_rates(factors, plan, _table(with_steps(target, choosing, record)))
+        measuring = runs_to_measure(factors, plan, chosen)
+        view.expect(len(own) + len(choosing) + len(measuring))
+        return own, choosing + wave(measuring)
 
 
 def _evaluate_rows(
@@ -180,10 +231,7 @@ def _evaluate_rows(
     best = choose_rates(table, plan.arms)
     chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
     target = _target(plan, rows, best[plan.arms[0]], data)
-    evaluated = [
-        {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}
-        for row in rows
-    ]
+    evaluated = with_steps(target, rows, record)
     for arm, rate in choose_fastest(_table(evaluated), plan.arms).items():
         chosen[arm]["fastest_lr"] = rate
     return evaluated, chosen, target
@@ -204,6 +252,14 @@ def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float
     if attained <= data.chance("validation"):
         return None
     return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
+
+
+def with_steps(target: float | None, rows: list[Row], record: Record) -> list[Row]:
+    """Returns the rows with `steps_to_target`."""
+    return [
+        {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}
+        for row in rows
+    ]
 
 
 def steps_to(target: float | None, trace: dict[str, Any]) -> float | None:
@@ -251,11 +307,17 @@ def _design(plan: Plan, chosen: dict[str, dict[str, float]], target: float | Non
     }
 
 
-def _command(plan: Plan, *, data: str, model: str, out: str, quick: bool, own_lrs: bool) -> str:
+def _command(
+    plan: Plan, factors: Factors, *, data: str, model: str, out: str, quick: bool, own_lrs: bool, own_size: bool
+) -> str:
     """Returns a command line that makes this study again, whichever way it was called."""
     words = ["batchnorm", "study", "--data", data, "--model", model, "--arms", ",".join(plan.arms), "--out", out]
     words += ["--quick"] if quick else []
     words += ["--lrs", ",".join(f"{lr:g}" for lr in plan.lrs)] if own_lrs else []
     words += ["--seeds", str(len(plan.measure_seeds)), "--steps", str(plan.steps)]
-    words += ["--batch-size", str(plan.batch_size), "--optimizer", plan.optimizer]
+    sizes = [level.name.partition(" ")[0] for level in factors.batch_sizes] or [str(plan.batch_size)]
+    # The default may exceed small data, and is cut to them; a size that is given may not.
+    words += ["--batch-size", ",".join(sizes)] if own_size else []
+    names = [level.optimizer for level in factors.optimizers] or [plan.optimizer]
+    words += ["--optimizer", ",".join(names)]
     return shlex.join(words)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from batchnorm.experiment.data import PARTS, Dataset
 from batchnorm.experiment.measures import drift_of_run
@@ -51,10 +52,10 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     its accuracies are then those of always answering the most frequent class.
     """
     started = time.perf_counter()
-    with _one_thread_deterministic():
+    with one_thread_deterministic():
         x = {part: torch.from_numpy(data.x[part]) for part in PARTS}
         y = {part: torch.from_numpy(data.y[part]) for part in PARTS}
-        model = architecture.build(run.arm, run.seed)
+        model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed)
         set_dropout(model, run.dropout, x["train"][:2])
         history, probe = History(), Probe(model, x["validation"])
         torch.manual_seed(run.seed)
@@ -93,22 +94,17 @@ def _learn(
 ) -> bool:
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    momentum = 0.9 if run.optimizer == "momentum" else 0.0
-    optimizer = torch.optim.SGD(parameters, lr=run.lr, momentum=momentum, weight_decay=run.weight_decay, fused=True)
-    batches = _batches(len(y["train"]), run.batch_size, run.seed)
+    optimizer = make_optimizer(run.optimizer, parameters, run.lr, run.weight_decay)
+    batches = batches_of(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
     model.train()
     for step in range(run.steps + 1):
         if step > 0:
             index = next(batches)
-            loss = F.cross_entropy(model(x["train"][index]), y["train"][index])
-            losses.append(loss.item())
+            losses.append(update(model, optimizer, x["train"][index], y["train"][index]))
             if not math.isfinite(losses[-1]):
                 return False
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
         if step in evaluate_after:
             if not _evaluate(model, step, losses, x, y, history, probe):
                 return False
@@ -116,7 +112,29 @@ def _learn(
     return True
 
 
-def _batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+    """Returns torch's optimizer of that name; momentum is 0.9, all else as torch has it."""
+    if name in ("adam", "adamw"):
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        return kind(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    momentum = 0.0 if name == "sgd" else 0.9
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, nesterov=name == "nesterov", weight_decay=weight_decay, fused=True
+    )
+
+
+def update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
+    """Takes one step down the loss of a batch and returns the loss; one that is not finite changes nothing."""
+    loss = F.cross_entropy(model(x), y)
+    value = loss.item()
+    if math.isfinite(value):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return value
+
+
+def batches_of(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yields the sample numbers of batches of one size for ever, each pass in a new order.
 
     A pass's remainder is left out rather than made a smaller batch, whose statistics would be of another kind.
@@ -191,7 +209,7 @@ def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
 
 
 @contextmanager
-def _one_thread_deterministic() -> Iterator[None]:
+def one_thread_deterministic() -> Iterator[None]:
     """Runs the block on one thread with deterministic algorithms and gives torch's global state back after it."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -121,3 +121,25 @@ def drift(ratio: Interval, baseline: float, compared: float, lost: int) -> str:
     else:
         words = f"no difference shown in how far a hidden unit's percentiles wander: {size} times {means}, {interval}"
     return words + (f"; {lost} runs have no percentiles that move and are left out" if lost else "")
+
+
+def level_accuracy(interval: Interval, baseline: float, compared: float, name: str, against: str) -> str:
+    return _difference(
+        interval,
+        f"test accuracy {{}} higher {name} than {against}",
+        f"test accuracy {{}} lower {name} than {against}",
+        f"no difference shown in test accuracy {name} against {against}",
+        " points",
+        f"({percent(compared / 100)} against {percent(baseline / 100)})",
+    )
+
+
+def level_ratio(ratio: Interval, unit: str, target: str, name: str, against: str, hidden: tuple[int, int]) -> str:
+    """`hidden`: the runs that never reach the target, at `against` and at `name`."""
+    size, interval = f"{_number(ratio.estimate, True)} times", _interval(ratio.low, ratio.high, True)
+    if _effect(ratio, 1):
+        words = f"{name} takes {size} the {unit} of {against} to {target}, {interval}"
+    else:
+        words = f"no difference shown in the {unit} to {target}: {name} takes {size} those of {against}, {interval}"
+    late = [f"{count} at {level}" for count, level in zip(hidden, (against, name), strict=True) if count]
+    return words + (f"; never there: {', '.join(late)}" if late else "")

@@ -116,11 +116,18 @@ class Evidence:
         return self._read[run_id]
 
     def measured(self, arm: str, **setting: float | None) -> pd.DataFrame:
-        """Runs of the measuring seeds of one arm; a setting of None matches nothing."""
+        """Runs of the measuring seeds of one arm, at the study's own batch size and optimizer where it has others."""
+        return self.measured_at((self.summary.get("factors") or {}).get("own"), arm, **setting)
+
+    def measured_at(self, level: Mapping[str, Any] | None, arm: str, **setting: float | None) -> pd.DataFrame:
+        """Runs of the measuring seeds of one arm at the batch size and optimizer in `level`; a setting of None
+        matches nothing."""
         rows = self.runs
         if rows.empty:
             return rows
         keep = (rows["purpose"] == "measure") & (rows["arm"].astype(str) == arm)
+        if level:
+            keep &= (rows["batch_size"] == level["batch_size"]) & (rows["optimizer"] == level["optimizer"])
         for name, value in setting.items():
             wanted = math.nan if value is None else value
             keep &= np.isclose(rows[name].astype(float), wanted, rtol=1e-6, atol=1e-12)
@@ -140,7 +147,10 @@ class Evidence:
         return self.measured(arm, **{name: self.setting(arm, name) for name in names})
 
     def curve(self, arm: str) -> Curve | None:
-        rows = self.base(arm)
+        return self.curve_of(arm, self.base(arm))
+
+    def curve_of(self, name: str, rows: pd.DataFrame) -> Curve | None:
+        """The median and the range of these runs."""
         tracks = {row.run_id: self.trace(row.run_id) for row in rows.itertuples()}
         steps = sorted({step for trace in tracks.values() for step in trace.get("steps", []) if step > 0})
         lines = [_on_steps(tracks[row.run_id], row, steps) for row in rows.itertuples()]
@@ -150,7 +160,7 @@ class Evidence:
         table = np.array(lines)
         reached = rows["steps_to_target"].astype(float).dropna().tolist()
         middle, low, high = (f(table, axis=0).tolist() for f in (np.median, np.min, np.max))
-        return Curve(arm, steps, middle, low, high, len(lines), reached)
+        return Curve(name, steps, middle, low, high, len(lines), reached)
 
     def cells(self, arm: str, swept: str) -> list[Cell]:
         """The arm's runs over the grid of `swept` ("lr", "weight_decay" or "dropout"), the others held at base."""

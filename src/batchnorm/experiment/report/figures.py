@@ -66,7 +66,7 @@ def accuracy(evidence: Evidence) -> Figure | None:
     curves = [curve for arm in evidence.arms if (curve := evidence.curve(arm))]
     if not curves:
         return None
-    data = [trace for curve in curves for trace in _curve_traces(evidence, curve)]
+    data = [trace for curve in curves for trace in curve_traces(evidence.arms, curve)]
     x = step_axis([step for curve in curves for step in curve.steps])
     drawn = layout(x, axis("validation accuracy", tickformat=".0%"), showlegend=True, hovermode="x unified")
     if evidence.target is not None:
@@ -78,16 +78,18 @@ def accuracy(evidence: Evidence) -> Figure | None:
     return Figure("accuracy", data, drawn, 420, alt)
 
 
-def _curve_traces(evidence: Evidence, curve: Curve) -> list[Plotly]:
-    color, name = arm_color(evidence.arms, curve.arm), label(curve.arm)
+def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0) -> list[Plotly]:
+    """Band and line of one curve among those named; a step is worth `unit` on the horizontal axis."""
+    color, name = arm_color(names, curve.arm), label(curve.arm)
+    x = [step * unit for step in curve.steps]
     band = {
-        "type": "scatter", "mode": "lines", "x": curve.steps + curve.steps[::-1],
+        "type": "scatter", "mode": "lines", "x": x + x[::-1],
         "y": curve.high + curve.low[::-1], "fill": "toself", "fillcolor": faded(color, 0.2),
         "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name,
     }  # fmt: skip
     line = {
-        "type": "scatter", "mode": "lines", "x": curve.steps, "y": curve.median, "name": name, "legendgroup": name,
-        "line": {"color": color, "width": 2.6, "dash": arm_dash(evidence.arms, curve.arm)},
+        "type": "scatter", "mode": "lines", "x": x, "y": curve.median, "name": name, "legendgroup": name,
+        "line": {"color": color, "width": 2.6, "dash": arm_dash(names, curve.arm)},
         "hovertemplate": "%{y:.1%}<extra>" + name + "</extra>",
     }  # fmt: skip
     return [band, line]

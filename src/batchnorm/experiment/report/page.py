@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from . import cards, figures, layers, tables
+from . import cards, factors, figures, layers, tables
 from .evidence import Evidence, Trace
 from .style import arm_words
 
@@ -46,7 +46,8 @@ def render(evidence: Evidence) -> str:
     """The page as text."""
     plotly, boot = get_plotlyjs(), asset("report.js")
     drawn = _figures(evidence)
-    shown = [figure for group in drawn.values() for figure in group]
+    parts = factors.parts(evidence)
+    shown = [figure for group in (*drawn.values(), *(part.figures for part in parts)) for figure in group]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("report.html")).render(
         title=f"batchnorm study: {evidence.summary.get('model', '')} on {_data_name(evidence)}",
@@ -59,6 +60,7 @@ def render(evidence: Evidence) -> str:
         remainder=cards.remainder(evidence),
         cards=cards.cards(evidence.summary),
         drawn=drawn,
+        factors=parts,
         tables=_tables(evidence),
         few=tables.FEW_VALUES,
         bare=[arm for arm in evidence.arms if not (evidence.summary.get("layers") or {}).get(arm)],
