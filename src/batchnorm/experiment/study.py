@@ -93,7 +93,7 @@ def study(
         model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=batch_size, optimizer=optimizer
     )
     _check_running(engine, workers)
-    dataset = load(data, BASE_SEED)
+    dataset = load(data, BASE_SEED, progress)
     architecture = Architecture(model, dataset.shape, dataset.classes, batch_size)
     layers = _check_arms(plan, architecture, dataset)
     record = Record(Path(out))
@@ -138,8 +138,8 @@ def _check_running(engine_name: str, workers: int | None) -> None:
 
 def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
-    example = torch.from_numpy(data.x["train"][:2])
-    batch = min(plan.batch_size, len(data.y["train"]))
+    example = data.example
+    batch = min(plan.batch_size, data.size("train"))
     with torch.random.fork_rng(devices=[]):
         built = {arm: architecture.check(arm, plan.measure_seeds[0], example) for arm in plan.arms}
     return {arm: layer_table(model, example, batch) for arm, model in built.items()}
@@ -203,7 +203,7 @@ def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float
     )
     if attained <= data.chance("validation"):
         return None
-    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
+    return attained - 1.96 * (attained * (1 - attained) / data.size("validation")) ** 0.5
 
 
 def steps_to(target: float | None, trace: dict[str, Any]) -> float | None:
