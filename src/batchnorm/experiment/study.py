@@ -70,7 +70,8 @@ def study(
     """Trains the same network under each arm over grids of settings and seeds, and measures how they differ.
 
     Args:
-        data: ``digits``, ``openml:NAME``, a .npz or .csv file, or a folder of images by class.
+        data: ``digits``, ``openml:NAME``, a .npz, .npy, .csv or .parquet file, a folder of such shards or of images
+            by class, or ``pkg.mod:function``, which returns a torch.utils.data.Dataset; the large are streamed.
         model: ``mlp``, ``cnn`` or ``pkg.mod:function``.
         arms: normalizations, comma-separated or iterable; the last is compared with the first.
         out: the folder for report.html, runs.csv, summary.json and the runs' traces.
@@ -123,9 +124,10 @@ def study(
         "seconds": round(time.monotonic() - started, 1),
         "claims": {name: claim.to_json() for name, claim in claims.items()},
     }
-    record.rewrite(rows)
-    record.write_summary(summary)
-    write_report(record.report, summary, table, record.read_trace)
+    with record.writing():
+        record.rewrite(rows)
+        record.write_summary(summary)
+        write_report(record.report, summary, table, record.read_trace)
     return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
 
 
