@@ -5,8 +5,8 @@
 For each format a set is generated shard by shard in a scratch folder, which is removed afterwards. A process of its own
 then does what `batchnorm study` does with it: the first pass over all rows, then two runs (`none` and `batch`) of one
 whole epoch each, side by side in two worker processes. Meanwhile this process, which is not counted, reads the memory
-of that one and of all its children ten times a second from /proc (Linux). Then, in the same way but in one process, the
-rate at which batches of a streamed set are trained is compared with the rate of its first shard held in memory.
+of that one and of all its children ten times a second from /proc (Linux). After that, unwatched, the rate of training
+on the streamed set is compared with the rate on its first shard held in memory, on one thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import select
 import shutil
 import statistics
 import subprocess
@@ -29,14 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchnorm.experiment.data import Dataset, load
+from batchnorm.experiment.engine import execute, fresh_workers, shared_data
+from batchnorm.experiment.networks import Architecture
+from batchnorm.experiment.plan import make_plan
 from batchnorm.experiment.provenance import library_commit
+from batchnorm.experiment.record import Record
+from batchnorm.experiment.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "streaming.md"
 MARKS = ("<!-- memory:begin -->", "<!-- memory:end -->")
-FEATURES, CLASSES, BATCH = 256, 10, 256
+FEATURES, CLASSES, BATCH = 256, 10, 1024
 SHARD_ROWS, ROW_GROUP = 2**17, 2**14
 GIGABYTE = 10**9
-MEBIBYTE = 2**20
 
 
 def shards(rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -78,55 +84,55 @@ def generate(folder: Path, kind: str, rows: int) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def train_epoch(folder: Path) -> dict[str, Any]:
-    """Does what the study does with the set, one epoch in two runs, and returns what it took."""
-    from batchnorm.experiment.data import load
-    from batchnorm.experiment.engine import execute, fresh_workers, shared_data
-    from batchnorm.experiment.networks import Architecture
-    from batchnorm.experiment.plan import make_plan
-    from batchnorm.experiment.record import Record
-
-    started = time.perf_counter()
-    data = load(str(folder))
-    surveyed = time.perf_counter()
+def train_epoch(data: Dataset) -> dict[str, Any]:
+    """Trains two runs for one epoch each, as the study does, and returns what came of it."""
     steps = data.size("train") // BATCH
     plan = make_plan("mlp", "none,batch", lrs=[0.1], batch_size=BATCH, steps=steps)
     runs = [run for run in plan.runs_at_base() if run.seed == plan.measure_seeds[0]]
     rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as out, shared_data(data) as held, fresh_workers():
         Record(Path(out)).begin({}, resume=False)
         execute(runs, Architecture("mlp", data.shape, data.classes, BATCH), held, Path(out), 2, rows.append)
-    seconds = time.perf_counter() - surveyed
-    samples = sum(data.describe()[part] for part in ("train", "validation", "test"))  # type: ignore[misc]  # integers
     return {
-        "samples": samples,
-        "survey_rate": samples / (surveyed - started),
-        "train_rate": sum(row["steps"] for row in rows) * BATCH / seconds,
-        "steps": steps,
+        "train_rate": sum(row["steps"] for row in rows) * BATCH / (time.perf_counter() - started),
         "accuracy": {row["arm"]: row["test_accuracy"] for row in rows},
-        "order": data.describe()["order"],
+        "seconds": [row["seconds"] for row in rows],
     }
 
 
-def compare_rates(folder: Path, repeats: int = 5, steps: int = 2000) -> dict[str, float]:
+def compare_rates(streamed: Dataset, held: Dataset, repeats: int = 5, steps: int = 500) -> dict[str, float]:
     """Returns the median of streamed over in-memory samples a second, both timed in turn on one thread."""
-    from batchnorm.experiment.data import load
-    from batchnorm.experiment.networks import Architecture
-    from batchnorm.experiment.plan import make_plan
-    from batchnorm.experiment.train import train
-
-    shard = sorted(file for file in folder.iterdir() if not file.stem.endswith("y"))[0]
-    sets = {"streamed": load(str(folder)), "memory": load(str(shard))}
-    assert [type(data).__name__ for data in sets.values()] == ["StreamedDataset", "Dataset"]
     architecture = Architecture("mlp", (FEATURES,), CLASSES, BATCH)
     run = make_plan("mlp", "none,batch", lrs=[0.1], batch_size=BATCH, steps=steps).runs_at_base()[-1]
-    train(replace(run, steps=10), architecture, sets["memory"])  # the first call pays for torch's lazy imports
-    rates: dict[str, list[float]] = {name: [] for name in sets}
-    for _ in range(repeats):
-        for name, data in sets.items():
-            rates[name].append(steps * BATCH / train(run, architecture, data)[0]["seconds"])
-    ratios = [a / b for a, b in zip(rates["streamed"], rates["memory"], strict=True)]
-    return {"ratio": statistics.median(ratios), **{name: statistics.median(rate) for name, rate in rates.items()}}
+    train(replace(run, steps=10), architecture, held)  # the first call pays for torch's lazy imports
+    rates = [
+        [steps * BATCH / train(run, architecture, data)[0]["seconds"] for data in (streamed, held)]
+        for _ in range(repeats)
+    ]
+    return {
+        "ratio": statistics.median(a / b for a, b in rates),
+        "streamed_rate": statistics.median(a for a, _ in rates),
+        "held_rate": statistics.median(b for _, b in rates),
+    }
+
+
+def measured_process(folder: Path) -> None:
+    """Prints two lines of JSON: what is measured while the memory is watched, and what is measured after that."""
+    started = time.perf_counter()
+    data = load(str(folder))
+    seconds = time.perf_counter() - started
+    described: dict[str, Any] = data.describe()
+    first = {
+        "samples": described["samples"],
+        "survey_rate": described["samples"] / seconds,
+        "order": described["order"],
+    }
+    print(json.dumps({**first, **train_epoch(data)}), flush=True)
+    shard = sorted(file for file in folder.iterdir() if not file.stem.endswith("y"))[0]
+    held = load(str(shard))
+    assert [type(each).__name__ for each in (data, held)] == ["StreamedDataset", "Dataset"]
+    print(json.dumps(compare_rates(data, held)), flush=True)
 
 
 class Memory:
@@ -169,19 +175,18 @@ def _kilobytes(text: str) -> dict[str, int]:
     return {name.rstrip(":"): int(value) for name, value, _ in words}
 
 
-def in_a_process(what: str, folder: Path) -> tuple[dict[str, Any], Memory]:
-    """Runs one of the two measurements in a process of its own; returns what it prints, and its memory."""
-    command = [sys.executable, __file__, "--measure", what, "--scratch", str(folder)]
+def watch(folder: Path) -> tuple[dict[str, Any], Memory]:
+    """Runs the measured process; returns what it prints, and its memory until its first line."""
+    command = [sys.executable, __file__, "--measured", "--scratch", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        memory = Memory(process.pid)
-        while process.poll() is None:
-            memory.look()
-            time.sleep(0.1)
         assert process.stdout is not None
-        printed = process.stdout.read()
+        memory = Memory(process.pid)
+        while not select.select([process.stdout], [], [], 0.1)[0]:
+            memory.look()
+        lines = process.stdout.read().splitlines()
     if process.returncode:
         raise SystemExit(f"the measurement failed with exit code {process.returncode}")
-    return json.loads(printed), memory
+    return {**json.loads(lines[0]), **json.loads(lines[1])}, memory
 
 
 def measure(kind: str, gigabytes: float, scratch: Path | None) -> str:
@@ -192,12 +197,11 @@ def measure(kind: str, gigabytes: float, scratch: Path | None) -> str:
         raise SystemExit(f"{room / GIGABYTE:.1f} GB free for a set of {gigabytes} GB: give --scratch on a larger disk")
     with tempfile.TemporaryDirectory(prefix="batchnorm-streamed-", dir=scratch) as name:
         size = generate(Path(name), kind, rows)
-        took, memory = in_a_process("epoch", Path(name))
-        rates, _ = in_a_process("rates", Path(name))
-    print(json.dumps({"kind": kind, "bytes": size, **took, **rates, **vars(memory)}), flush=True)
+        took, memory = watch(Path(name))
+    print(json.dumps({"kind": kind, "bytes": size, **took, **vars(memory)}), flush=True)
     return (
         f"| {kind} | {size / GIGABYTE:.2f} GB, {took['samples']:,} | {memory.pss:,} | {memory.rss:,} | "
-        f"{memory.highest:,} | {took['survey_rate']:,.0f} | {took['train_rate']:,.0f} | {rates['ratio']:.2f} | "
+        f"{memory.highest:,} | {took['survey_rate']:,.0f} | {took['train_rate']:,.0f} | {took['ratio']:.2f} | "
         f"{took['accuracy']['none']:.1%}, {took['accuracy']['batch']:.1%} | {took['order']['variance_ratio']:.2f} |"
     )
 
@@ -208,16 +212,17 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the samples (default 8)")
     parser.add_argument("--formats", default="parquet,npy", help="of " + ", ".join(WRITERS))
     parser.add_argument("--scratch", type=Path, help="folder for the set (default: the system's)")
-    parser.add_argument("--measure", choices=("epoch", "rates"), help=argparse.SUPPRESS)
+    parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        measured = {"epoch": train_epoch, "rates": compare_rates}[arguments.measure](arguments.scratch)
-        print(json.dumps(measured))
+    if arguments.measured:
+        measured_process(arguments.scratch)
         return
-    table = [measure(kind, arguments.gigabytes, arguments.scratch) for kind in arguments.formats.split(",")]
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-    PAGE.write_text(before + "\n".join([MARKS[0], *_lines(table), MARKS[1]]) + after, encoding="utf-8")
+    table = []
+    for kind in arguments.formats.split(","):
+        table.append(measure(kind, arguments.gigabytes, arguments.scratch))
+        text = PAGE.read_text(encoding="utf-8")
+        before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
+        PAGE.write_text(before + "\n".join([MARKS[0], *_lines(table), MARKS[1]]) + after, encoding="utf-8")
 
 
 def _lines(table: list[str]) -> list[str]:

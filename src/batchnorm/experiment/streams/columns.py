@@ -18,25 +18,47 @@ def value_dtype(type: Any) -> np.dtype | None:
     """Returns the dtype of a column's numbers, those inside its lists included; None for anything else."""
     import pyarrow.types as types
 
-    while _is_list(type):
+    while is_list(type):
         type = type.value_type
     if not (types.is_integer(type) or types.is_floating(type) or types.is_boolean(type)):
         return None
     return np.dtype(type.to_pandas_dtype())
 
 
-def _is_list(type: Any) -> bool:
+def is_list(type: Any) -> bool:
+    """Tells whether a column holds a list of values a row."""
     import pyarrow.types as types
 
     return bool(types.is_fixed_size_list(type) or types.is_list(type) or types.is_large_list(type))
 
 
-def sample_array(column: Any, name: str, place: Place) -> np.ndarray:
-    """Returns a column of numbers as (rows,), a column of (nested) lists of one length as (rows, *lengths).
+def samples_of(batch: Any, names: list[str], constants: dict[str, Any], dtype: np.dtype, place: Place) -> np.ndarray:
+    """Returns columns of numbers as (rows, columns), a single column of (nested) lists as (rows, *lengths).
+
+    Args:
+        batch: an Arrow record batch.
+        names: the columns, in order.
+        constants: those of them that are not in the batch but the same number in every row.
+        dtype: that holds every column's numbers.
+        place: says where a row is.
 
     Raises:
         UserError: an empty value, or lists of different lengths, with its row.
     """
+    columns = {name: batch.column(name) for name in names if name not in constants}
+    types = {column.type for column in columns.values()}
+    if len(names) == 1 and columns and is_list(columns[names[0]].type):
+        return _sample_array(columns[names[0]], names[0], place)
+    alike = not constants and len(types) == 1 and dtype.kind != "b"
+    if alike and not any(column.null_count for column in columns.values()):
+        return np.asarray(batch.select(names).to_tensor(row_major=True).to_numpy())  # the same, without a loop
+    x = np.empty((batch.num_rows, len(names)), dtype)
+    for k, name in enumerate(names):
+        x[:, k] = _sample_array(columns[name], name, place) if name in columns else constants[name]
+    return x
+
+
+def _sample_array(column: Any, name: str, place: Place) -> np.ndarray:
     import pyarrow.compute as compute
 
     rows, lengths = len(column), list[int]()
@@ -47,7 +69,7 @@ def sample_array(column: Any, name: str, place: Place) -> np.ndarray:
             raise UserError(
                 f"an empty or NaN value in column {name!r} at {place(row)}, fill it in or leave the row out"
             )
-        if not _is_list(column.type):
+        if not is_list(column.type):
             break
         sizes = compute.list_value_length(column).to_numpy(zero_copy_only=False)
         odd = np.flatnonzero(sizes != sizes[0])

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.streams.columns import Place, labels_of, sample_array, value_dtype
+from batchnorm.experiment.streams.columns import Place, is_list, labels_of, samples_of, value_dtype
 from batchnorm.experiment.streams.source import Block, Source, check_finite
 
 SUFFIXES = (".parquet", ".pq")
 _BLOCK_BYTES = 2**20
 # What the row groups that are read side by side may hold: pages are unpacked whole, one a column, usually 1 MiB each.
-_OPEN_BYTES, _PAGE_BYTES = 96 * 2**20, 2**20
+_OPEN_BYTES, _PAGE_BYTES = 32 * 2**20, 2**20
 _READ_AHEAD = 2 * 2**20
 
 
@@ -84,18 +84,11 @@ class ParquetSource(Source):
                 first, inside = first + len(y), inside + len(y)
 
     def _samples(self, batch: Any, folder: dict[str, Any], place: Place) -> np.ndarray:
-        of_file = [name for name in self._features if name not in folder]
-        columns = {name: sample_array(batch.column(name), name, place) for name in of_file}
-        if len(self._features) == 1 and of_file and columns[of_file[0]].ndim > 1:
-            x = columns[of_file[0]]
-            if self.shape and x.shape[1:] != self.shape:
-                raise UserError(
-                    f"a sample of shape {x.shape[1:]} and not {self.shape} at {place(0)}, give all the same shape"
-                )
-        else:
-            x = np.empty((batch.num_rows, len(self._features)), self.dtype)
-            for k, name in enumerate(self._features):
-                x[:, k] = columns[name] if name in columns else folder[name]
+        x = samples_of(batch, self._features, folder, self.dtype, place)
+        if self.shape and x.shape[1:] != self.shape:
+            raise UserError(
+                f"a sample of shape {x.shape[1:]} and not {self.shape} at {place(0)}, give all the same shape"
+            )
         check_finite(x, lambda index: f"{self._column_at(index)}{place(index[0])}")
         return x
 
@@ -148,7 +141,7 @@ def _open(path: Path, columns: int) -> Iterator[Any]:
         yield parquet
 
 
-@functools.lru_cache(maxsize=32)  # the end of a file of many row groups takes long to parse
+@functools.lru_cache(maxsize=8)  # the end of a file of many row groups takes long to parse
 def _end_of(path: Path) -> Any:
     import pyarrow.parquet
 
@@ -198,8 +191,7 @@ def _check_columns(schema: Any, folder: dict[str, Any], features: list[str], lab
                 f"column {name!r} is of type {stored}, {path}, encode it as numbers or remove it "
                 f"(the label is {label!r})"
             )
-        nested = name not in folder and schema.field(name).type.num_fields
-        if nested and len(features) > 1:
+        if name not in folder and is_list(schema.field(name).type) and len(features) > 1:
             raise UserError(
                 f"column {name!r} holds lists beside other features, {path}, give one column of lists or single numbers"
             )
