@@ -35,7 +35,11 @@ class ParquetSource(Source):
             raise UserError(
                 "pyarrow is not installed, this Python, install it for Parquet with pip install 'batchnorm[stream]'"
             )
+        import pyarrow.parquet
+
         self._path, self.name = path, path.name or str(path)
+        # The end of a file of many row groups takes long to parse and is large: the last few are kept.
+        self._end_of = functools.lru_cache(maxsize=8)(pyarrow.parquet.read_metadata)
         self._files = parquet_files(path) if path.is_dir() else [path]
         self._folders = _folder_columns(path, self._files)
         schema, groups = _check_shards(self._files)
@@ -72,7 +76,7 @@ class ParquetSource(Source):
         """Yields a row group a megabyte at a time."""
         file, group, inside = self._places[segment]
         path, first = self._files[file], int(self.starts[segment])
-        with _named(path), _open(path, self._columns) as parquet:
+        with _named(path), _open(path, self._columns, self._end_of(path)) as parquet:
             for batch in parquet.iter_batches(self._block, row_groups=[group], use_threads=False):
 
                 def place(row: int, inside: int = inside) -> str:
@@ -132,27 +136,20 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: Path, columns: int) -> Iterator[Any]:
+def _open(path: Path, columns: int = 1, end: Any = None) -> Iterator[Any]:
     import pyarrow.parquet
 
     # Without a buffer's size pyarrow takes in a whole row group at once.
     ahead = max(2**12, _READ_AHEAD // max(1, columns))
-    with pyarrow.parquet.ParquetFile(path, metadata=_end_of(path), buffer_size=ahead, pre_buffer=False) as parquet:
+    with pyarrow.parquet.ParquetFile(path, metadata=end, buffer_size=ahead, pre_buffer=False) as parquet:
         yield parquet
-
-
-@functools.lru_cache(maxsize=8)  # the end of a file of many row groups takes long to parse
-def _end_of(path: Path) -> Any:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_metadata(path)
 
 
 def _check_shards(files: list[Path]) -> tuple[Any, list[list[int]]]:
     """Returns the columns that all files have, and the rows of each file's row groups."""
     first, groups = None, []
     for path in files:
-        with _named(path), _open(path, 1) as parquet:
+        with _named(path), _open(path) as parquet:
             schema = parquet.schema_arrow.remove_metadata()
             groups.append([parquet.metadata.row_group(k).num_rows for k in range(parquet.metadata.num_row_groups)])
         first = schema if first is None else first
@@ -177,13 +174,14 @@ def _check_columns(schema: Any, folder: dict[str, Any], features: list[str], lab
     """Returns the features' common dtype; refuses what would silently train on the wrong thing."""
     if not features:
         raise UserError(f"only one column {label!r}, {path}, give feature columns and a column label")
-    dtypes = []
-    for name in features:
+    for name in (*features, label):
         if name.startswith("__index_level_"):
             raise UserError(
                 f"column {name!r} is a row index of pandas (which would tell the labels?), {path}, "
                 "write it with index=False"
             )
+    dtypes = []
+    for name in features:
         kind = np.result_type(folder[name]) if name in folder else value_dtype(schema.field(name).type)
         if kind is None or kind.kind not in "biuf":
             stored = type(folder[name]).__name__ if name in folder else schema.field(name).type
