@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from batchnorm.doctor.subject import read_data
 from batchnorm.experiment.data import HELD_OUT, PARTS, Dataset, load
 from batchnorm.experiment.engine import execute, fresh_workers, shared_data
 from batchnorm.experiment.networks import Architecture
@@ -235,6 +237,17 @@ def test_image_folders_are_decoded_as_they_are_read(tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(np.concatenate([block.x for block in blocks]), samples.x)
     assert [block.labels[k] for block in blocks for k in block.y] == samples.y.tolist()
     assert data.labels == ["cat", "dog"]
+
+
+@pytest.mark.usefixtures("_all_large")
+def test_the_doctor_takes_what_it_needs_of_a_large_set(tmp_path: Path) -> None:
+    name = sorted_parquet(tmp_path / "a.parquet", 500)
+    batches = list(read_data(name, 50))
+    assert [tuple(x.shape) for x, _ in batches] == [(50, 2)] * 201
+    rows = torch.cat([x for x, _ in batches])[:, 0]
+    assert rows.unique().numel() > 10_000
+    assert float(rows.mean()) == pytest.approx(4.5, abs=0.1)  # from all over the sorted rows: 3.5 standard errors
+    assert sorted(set(torch.cat([y for _, y in batches]).tolist())) == list(range(10))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from itertools import islice
 
 import numpy as np
 
+from batchnorm.experiment.data import Samples
 from batchnorm.experiment.streams.source import Block, Source
 
 BUFFER_BYTES = 64 * 2**20
@@ -78,6 +79,17 @@ def drawn(
     while buffer is not None and held >= size:
         yield _take(buffer, held, size, generator)
         held -= size
+
+
+def some_of(source: Source, count: int, seed: int) -> Samples:
+    """Returns up to so many samples from all over a source, for whoever needs no more; 64 MiB of them at most."""
+    row_bytes = int(np.prod(source.shape)) * source.dtype.itemsize
+    count = max(1, min(count, source.rows, BUFFER_BYTES // row_bytes))
+    generator = np.random.default_rng(seed)
+    # Labels as objects: the next segment's may be longer text.
+    rows = ((block.x, np.asarray(block.labels, object)[block.y]) for block in mixed(source, generator))
+    x, y = next(drawn(rows, count, buffer_rows(row_bytes, count), generator))
+    return Samples(source.name, x, y.astype(str))
 
 
 def _take(
