@@ -34,7 +34,6 @@ from batchnorm.experiment.data import Dataset, load
 from batchnorm.experiment.engine import execute, fresh_workers, shared_data
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import make_plan
-from batchnorm.experiment.provenance import library_commit
 from batchnorm.experiment.record import Record
 from batchnorm.experiment.train import train
 
@@ -222,10 +221,12 @@ def main() -> None:
         table.append(measure(kind, arguments.gigabytes, arguments.scratch))
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.partition(MARKS[0])[0], text.partition(MARKS[1])[2]
-        PAGE.write_text(before + "\n".join([MARKS[0], *_lines(table), MARKS[1]]) + after, encoding="utf-8")
+        PAGE.write_text(
+            before + "\n".join([MARKS[0], *_lines(table, arguments.formats), MARKS[1]]) + after, encoding="utf-8"
+        )
 
 
-def _lines(table: list[str]) -> list[str]:
+def _lines(table: list[str], formats: str) -> list[str]:
     return [
         "| format | size, samples | PSS, all | RSS, all | VmHWM, largest | first pass | training | against memory "
         "| accuracy | order |",
@@ -233,8 +234,7 @@ def _lines(table: list[str]) -> list[str]:
         *table,
         "",
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {library_commit() or 'unknown'}. "
-        "Made by `python benchmarks/streamed_memory.py`.",
+        f"torch {torch.__version__}. Made by `python benchmarks/streamed_memory.py --formats {formats}`.",
     ]
 
 
