@@ -15,16 +15,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import torch
 from sgd_page import PAGE, cost_picture, write_block
 
-from batchnorm.experiment.data import load
+from batchnorm.experiment.data import Dataset, load
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.provenance import library_commit
-from batchnorm.experiment.train import batches_of, make_optimizer, update
+from batchnorm.experiment.train import make_optimizer, update
 
 FACTORS = (1, 4, 16, 64)
 ARMS = ("none", "batch")
@@ -33,20 +35,17 @@ MINI = 60
 Key = tuple[str, str, int]
 
 
-def one_update(arm: str, batch: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def one_update(arm: str, batch: str, data: Dataset) -> Callable[[], None]:
     """Returns a function that draws a batch and takes one update."""
-    size = len(y) if batch == "full" else MINI
-    model = Architecture("mlp", tuple(x.shape[1:]), 10, size).build(arm, 0).train()
+    size = data.size("train") if batch == "full" else MINI
+    model = Architecture("mlp", data.shape, 10, size).build(arm, 0).train()
     optimizer = make_optimizer("sgd", model.parameters(), 0.1, 0.0)
     # All data are one batch in any order: the full batch need not be drawn.
-    batches: Iterator[torch.Tensor] | None = None if batch == "full" else batches_of(len(y), size, 0)
+    whole = torch.from_numpy(data.x["train"]), torch.from_numpy(data.y["train"])
+    batches = repeat(whole) if batch == "full" else data.batches(size, 0)
 
     def take() -> None:
-        if batches is None:
-            update(model, optimizer, x, y)
-        else:
-            index = next(batches)
-            update(model, optimizer, x[index], y[index])
+        update(model, optimizer, *next(batches))
 
     return take
 
@@ -54,22 +53,22 @@ def one_update(arm: str, batch: str, x: torch.Tensor, y: torch.Tensor) -> Callab
 def measure(repeats: int) -> tuple[dict[Key, list[float]], int]:
     """Returns the seconds of an update in every round by (arm, batch, factor), and the samples at factor 1."""
     data = load("digits")
-    pairs = {}
+    grown = {}
     for factor in FACTORS:
-        x = np.concatenate([data.x["train"]] * factor)
-        pairs[factor] = torch.from_numpy(x), torch.from_numpy(np.concatenate([data.y["train"]] * factor))
-    takers = {(arm, batch, f): one_update(arm, batch, *pairs[f]) for f in FACTORS for arm in ARMS for batch in BATCHES}
+        x, y = ({"train": np.concatenate([part["train"]] * factor)} for part in (data.x, data.y))
+        grown[factor] = replace(data, x=x, y=y)
+    takers = {(arm, batch, f): one_update(arm, batch, grown[f]) for f in FACTORS for arm in ARMS for batch in BATCHES}
     times: dict[Key, list[float]] = {key: [] for key in takers}
     # A block of the same samples on every size would take long on the largest: as many updates as last a while.
     blocks = {key: 1 if key[1] == "full" and key[2] > 4 else 10 for key in takers}
-    for repeat in range(repeats + 1):
+    for round_ in range(repeats + 1):
         for key, take in takers.items():
             started = time.perf_counter()
             for _ in range(blocks[key]):
                 take()
-            if repeat > 0:  # the first round warms caches and allocator up
+            if round_ > 0:  # the first round warms caches and allocator up
                 times[key].append((time.perf_counter() - started) / blocks[key])
-    return times, len(data.y["train"])
+    return times, data.size("train")
 
 
 def ratio(above: list[float], below: list[float]) -> float:

@@ -38,7 +38,13 @@ def root(
     "Exit codes: 0 fine, 2 bad usage (one line says what to do), 130 interrupted (go on with --resume)."
 )
 def study(
-    data: Annotated[str, typer.Option(help="digits, openml:NAME, FILE.npz, FILE.csv or IMAGE_FOLDER.")] = "digits",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, openml:NAME, a .npz, .npy, .csv or .parquet file, a folder of such shards or of images by "
+            "class, or pkg.mod:function, which returns a torch.utils.data.Dataset."
+        ),
+    ] = "digits",
     model: Annotated[str, typer.Option(help="mlp, cnn or pkg.mod:function, which returns a Module.")] = "mlp",
     arms: Annotated[
         str,

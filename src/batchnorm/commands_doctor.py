@@ -22,7 +22,10 @@ def doctor(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, openml:NAME, FILE.npz, FILE.csv, IMAGE_FOLDER, or pkg.mod:function -> batches."),
+        typer.Option(
+            help="digits, openml:NAME, a .npz, .npy, .csv or .parquet file, a folder of such shards or of images by "
+            "class, or pkg.mod:function -> batches."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a batch of --data.", min=1)] = 64,
     mask: Annotated[str | None, typer.Option(help="The batches' key that holds the mask.")] = None,

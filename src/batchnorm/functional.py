@@ -117,12 +117,11 @@ def batch_norm(
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
     simple = training and running_mean is not None and renorm is None and process_group is None
-    if simple and input.dim() > 1 and not torch.compiler.is_compiling() and not runs_where_we_are_not():
-        if not recomputing():
-            return _training_call(
-                input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
-                nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
-            )  # fmt: skip
+    if simple and input.dim() > 1 and _eager() and not recomputing():
+        return _training_call(
+            input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
+            nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
+        )  # fmt: skip
     plain = all(v is None for v in (mask, ghost_batch_size, renorm, process_group)) and nonfinite == "propagate"
     # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
     plain = plain and (momentum is not None or running_mean is None)
@@ -339,6 +338,10 @@ def runs_where_we_are_not() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return _functorch_level() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
+
+
+def _eager() -> bool:
+    return not torch.compiler.is_compiling() and not runs_where_we_are_not()
 
 
 def _through_torch(

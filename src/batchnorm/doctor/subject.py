@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, quote_error
+from .facts.batches import ENOUGH_SAMPLES
 
 __all__ = ["load_state", "read_data", "save_state", "subject"]
 
@@ -45,7 +46,7 @@ def _call(name: str, option: str) -> Any:
 
 def read_data(source: str, batch_size: int) -> Iterable[Any]:
     """Returns batches (input, label) of a data source of the study's kinds, as stored and in random order, or what
-    ``pkg.mod:function`` returns.
+    ``pkg.mod:function`` returns. Of a source too large to be held, as many samples as are looked at.
 
     Raises:
         UserError: the source cannot be read.
@@ -55,9 +56,14 @@ def read_data(source: str, batch_size: int) -> Iterable[Any]:
         return made
     import numpy as np
 
-    from ..experiment.readers import read
+    from ..experiment.data import Samples
+    from ..experiment.readers import find
 
-    samples = read(source)
+    samples = find(source)
+    if not isinstance(samples, Samples):  # too large to be held, and more than is needed
+        from ..experiment.streams.order import some_of
+
+        samples = some_of(samples, ENOUGH_SAMPLES + batch_size, 0)
     labels = np.unique(samples.y, return_inverse=True)[1]
     x = torch.from_numpy(np.ascontiguousarray(samples.x)).float()
     y = torch.from_numpy(labels.reshape(-1)).long()

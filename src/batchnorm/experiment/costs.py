@@ -6,12 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-
 from batchnorm.experiment.data import Dataset
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
-from batchnorm.experiment.train import batches_of, make_optimizer, one_thread_deterministic, update
+from batchnorm.experiment.train import make_optimizer, one_thread_deterministic, update
 
 ROUNDS = 5
 LEAST_UPDATES, LEAST_SECONDS = 5, 0.02
@@ -25,23 +23,21 @@ def update_seconds(runs: Iterable[Run], architecture: Architecture, data: Datase
     else the machine does only ever adds to a time. One network is alive at a time.
     """
     times: dict[Run, list[float]] = {run: [] for run in runs}
-    x, y = torch.from_numpy(data.x["train"]), torch.from_numpy(data.y["train"])
     with one_thread_deterministic():
         for _ in range(ROUNDS):
             for run, taken in times.items():
-                taken += _timed(run, architecture, x, y)
+                taken += _timed(run, architecture, data)
     return {run: min(taken) for run, taken in times.items()}
 
 
-def _timed(run: Run, architecture: Architecture, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+def _timed(run: Run, architecture: Architecture, data: Dataset) -> list[float]:
     model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(run.optimizer, parameters, run.lr, run.weight_decay)
-    batches = batches_of(len(y), run.batch_size, run.seed)
+    batches = data.batches(run.batch_size, run.seed)
     taken: list[float] = []
     while len(taken) < WARM_UP + LEAST_UPDATES or sum(taken[WARM_UP:]) < LEAST_SECONDS:
         started = time.perf_counter()
-        index = next(batches)
-        update(model, optimizer, x[index], y[index])
+        update(model, optimizer, *next(batches))
         taken.append(time.perf_counter() - started)
     return taken[WARM_UP:]

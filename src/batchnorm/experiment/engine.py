@@ -32,9 +32,20 @@ def available_workers() -> int:
 
 @contextmanager
 def shared_data(data: Dataset) -> Iterator[Path]:
-    """Writes the data once for all workers, which map it instead of receiving a copy with each run."""
+    """Writes the data once for all workers, which map it instead of receiving a copy with each run.
+
+    Of streamed data only the held-out parts are written, with a description of where the others are.
+
+    Raises:
+        UserError: there is no room for it.
+    """
     with tempfile.TemporaryDirectory(prefix="batchnorm-study-", ignore_cleanup_errors=True) as folder:
-        data.save(Path(folder))
+        try:
+            data.save(Path(folder))
+        except OSError as error:
+            raise UserError(
+                f"cannot be written ({quote_error(error)}), {folder}, make room for a copy of the data or set TMPDIR"
+            ) from error
         yield Path(folder)
 
 

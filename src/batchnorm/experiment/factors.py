@@ -173,7 +173,7 @@ def design(
         own_lrs: whether the user gave the rates, which then serve every optimizer.
         architecture, data: to find out which arm cannot be trained at which batch size.
     """
-    samples = len(data.y["train"])
+    samples = data.size("train")
 
     def level(factor: str, name: str, size: int, optimizer: str) -> Level:
         lrs = plan.lrs if own_lrs or optimizer == plan.optimizer else rate_grid(model, optimizer, quick)
@@ -212,7 +212,7 @@ def _for_smaller(lrs: tuple[float, ...], optimizer: str, share: float) -> tuple[
 
 def _why_impossible(architecture: Architecture, level: Level, arm: str, plan: Plan, data: Dataset) -> str | None:
     """Returns why the arm cannot take one training step at this batch size, None when it can."""
-    batch = torch.from_numpy(data.x["train"][: level.batch_size])
+    batch, _ = next(data.batches(level.batch_size, 0))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = replace(architecture, batch_size=level.batch_size).build(arm, plan.measure_seeds[0])
         try:

@@ -134,7 +134,8 @@ def find_factory(name: str, option: str = "--model") -> Callable[..., Any]:
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"unknown model {name!r}, --model, give one of {', '.join(BUILT_IN)} or pkg.mod:function")
+        known = f"one of {', '.join(BUILT_IN)} or " if option == "--model" else ""
+        raise UserError(f"unknown {option.strip('-')} {name!r}, {option}, give {known}pkg.mod:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -146,7 +147,8 @@ def find_factory(name: str, option: str = "--model") -> Callable[..., Any]:
             f"cannot be imported ({quote_error(error)}), {option} {name}, correct the name or the module"
         ) from error
     if not callable(found):
-        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns a torch.nn.Module")
+        wanted = "the data" if option == "--data" else "a torch.nn.Module"
+        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns {wanted}")
     return found
 
 

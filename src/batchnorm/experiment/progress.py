@@ -19,12 +19,12 @@ class ProgressView:
 
     def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
         self._total, self._done, self._best, self._stream = total, done, 0.0, stream
-        self._started, self._first = time.monotonic(), done
+        self._started, self._first, self._samples = time.monotonic(), done, 0
         self._bar: Progress | None = None
 
     def __enter__(self) -> ProgressView:
         if self._stream is not None and self._stream.isatty():
-            self._bar = _make_bar(self._stream)
+            self._bar = _make_bar(self._stream, "study", "runs,")
             self._task = self._bar.add_task("runs", total=self._total, completed=self._done, best="")
             self._bar.start()
         else:
@@ -48,27 +48,67 @@ class ProgressView:
         """Takes note of a finished run."""
         self._done += 1
         self._best = max(self._best, row["val_accuracy"])
+        self._samples += (
+            0 if row["diverged"] else row["steps"] * row["batch_size"]
+        )  # where a diverged one ended, no row says
+        seconds = max(1e-9, time.monotonic() - self._started)
+        state = f"best accuracy {self._best:.1%}, {self._samples / seconds:,.0f} samples/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, best=f"best accuracy {self._best:.1%}")
+            self._bar.update(self._task, completed=self._done, best=state)
         elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
-            rate = (time.monotonic() - self._started) / max(1, self._done - self._first)
-            left = rate * (self._total - self._done)
-            self._say(f"{self._done}/{self._total} runs, {left:.0f} s left, best accuracy {self._best:.1%}")
+            left = seconds / max(1, self._done - self._first) * (self._total - self._done)
+            self._say(f"{self._done}/{self._total} runs, {left:.0f} s left, {state}")
 
     def _say(self, line: str) -> None:
         if self._stream is not None:
             print(line, file=self._stream, flush=True)
 
 
-def _make_bar(stream: TextIO) -> Progress:
+class ReadingView:
+    """Counts the samples of a pass over streamed data, a hundredth at a time; shows as `ProgressView` does."""
+
+    def __init__(self, name: str, total: int, stream: TextIO | None) -> None:
+        self._name, self._total, self._done, self._stream = name, total, 0, stream
+        self._started = time.monotonic()
+        self._shown = 0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> ReadingView:
+        if self._stream is not None and self._stream.isatty():
+            self._bar = _make_bar(self._stream, "reading", "hundredths,")
+            self._task = self._bar.add_task("reading", total=100, best="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, samples: int) -> None:
+        """Takes note of samples that were read."""
+        self._done += samples
+        share = self._done * 100 // self._total
+        if share == self._shown or self._stream is None:
+            return
+        rate = f"{self._done / max(1e-9, time.monotonic() - self._started):,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, best=rate)
+        elif share // 10 > self._shown // 10:
+            print(f"reading {self._name}: {share} %, {rate}", file=self._stream, flush=True)
+        self._shown = share
+
+
+def _make_bar(stream: TextIO, title: str, unit: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("study"),
+        TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("runs,"),
+        TextColumn(unit),
         TimeRemainingColumn(compact=True),
         TextColumn("left  {task.fields[best]}"),
         console=Console(file=stream),

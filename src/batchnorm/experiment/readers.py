@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchnorm.errors import UserError, quote_error
 from batchnorm.experiment.data import Samples
@@ -14,9 +13,32 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from batchnorm.experiment.streams.source import Source
+
+
+class Array(Protocol):
+    """An array, or one that lies in a file."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 def read(source: str) -> Samples:
-    """Returns the samples of ``digits``, ``openml:NAME``, FILE.npz, FILE.csv or a folder of images.
+    """Returns the samples of any source that `find` takes, all of them.
+
+    Raises:
+        UserError: the source is missing, unreadable or holds what no network can be trained on.
+    """
+    found = find(source)
+    return found if isinstance(found, Samples) else found.whole()
+
+
+def find(source: str) -> Samples | Source:
+    """Returns the samples of ``digits``, ``openml:NAME``, FILE.npz, FILE.csv, NAME_x.npy, FILE.parquet, a folder of
+    images, .parquet or NAME_x.npy files, or ``pkg.mod:function``; where they are many, the source to stream from.
 
     Raises:
         UserError: the source is missing, unreadable or holds what no network can be trained on.
@@ -26,19 +48,18 @@ def read(source: str) -> Samples:
     if source.startswith("openml:"):
         return _read_openml(source)
     path = Path(source)
-    if path.is_dir():
-        from batchnorm.experiment.images import read_images
-
-        return read_images(path)
-    readers: dict[str, Callable[[Path], Samples]] = {".npz": read_npz, ".csv": read_csv}
-    reader = readers.get(path.suffix.lower())
-    if not path.exists():
-        hint = "" if reader else " (or digits, or openml:NAME)"
-        raise UserError(f"no such file or folder, {source}, give the path of a .npz, .csv or image folder{hint}")
-    if reader is None:
-        raise UserError(f"unknown kind of file, {source}, give a .npz or .csv file or a folder of images by class")
     try:
-        return reader(path)
+        if not path.exists() and ":" not in source:
+            raise UserError(
+                f"no such file or folder, {source}, give the path of a .npz, .npy, .csv or .parquet file or a folder "
+                "(or digits, or openml:NAME, or pkg.mod:function)"
+            )
+        from batchnorm.experiment.streams.kinds import open_source
+
+        opened = open_source(source)
+        if opened is not None:
+            return opened if opened.is_large else opened.whole()
+        return {".npz": read_npz, ".csv": read_csv}[path.suffix.lower()](path)
     except OSError as error:
         raise UserError(
             f"cannot be read ({quote_error(error)}), {source}, check the file and its permissions"
@@ -100,24 +121,29 @@ def read_npz(path: Path) -> Samples:
         if isinstance(error, OSError):
             raise
         raise UserError(f"not a .npz file, {path}, write it with np.savez(FILE, x=samples, y=labels)") from error
-    _check_arrays(x, y, path)
+    check_layout(x, y, path)
+    _check_values(x, y, path)
     return Samples(path.name, x, _label_text(y))
 
 
-def _check_arrays(x: np.ndarray, y: np.ndarray, path: Path) -> None:
-    import numpy as np
-
+def check_layout(x: Array, y: Array, path: Path) -> None:
+    """Refuses arrays whose shapes or dtypes are not those of samples and their labels."""
     if x.dtype.kind not in "biuf":
         raise UserError(f"x is of dtype {x.dtype}, {path}, save it as real numbers")
     if y.dtype.kind not in "biufU":
         raise UserError(f"y is of dtype {y.dtype}, {path}, save the labels as numbers or text")
-    if x.ndim < 2 or x.size == 0:
+    if len(x.shape) < 2 or 0 in x.shape:
         wanted = "give at least one sample with one feature, as in x of shape (samples, features)"
         raise UserError(f"x has shape {x.shape}, {path}, {wanted}")
-    if y.ndim != 1:
-        raise UserError(f"y has shape {y.shape}, {path}, give one label a sample as in ({len(x)},)")
-    if len(x) != len(y):
-        raise UserError(f"{len(x)} samples but {len(y)} labels, {path}, give one label a sample")
+    if len(y.shape) != 1:
+        raise UserError(f"y has shape {y.shape}, {path}, give one label a sample as in ({x.shape[0]},)")
+    if x.shape[0] != y.shape[0]:
+        raise UserError(f"{x.shape[0]} samples but {y.shape[0]} labels, {path}, give one label a sample")
+
+
+def _check_values(x: np.ndarray, y: np.ndarray, path: Path) -> None:
+    import numpy as np
+
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise UserError(
             f"label {int(np.flatnonzero(~np.isfinite(y))[0])} is NaN or infinite, {path}, label every sample"

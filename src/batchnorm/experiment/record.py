@@ -7,10 +7,12 @@ takes the next run. So whatever kills the study, a row stands for a whole run; r
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,20 @@ class Record:
                 f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can"
             ) from error
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns what a full disk or a lost one does to the block into a sentence; whole rows stay.
+
+        Raises:
+            UserError: something cannot be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot be written ({quote_error(error)}), --out {self.folder}, make room and continue with --resume"
+            ) from error
+
     def _held_options(self) -> dict[str, Any] | None:
         if not self._plan.exists():
             if self.runs_csv.exists() or self.summary_json.exists():
@@ -110,7 +126,8 @@ class Record:
         line = _csv_text([[_cell(row[column]) for column in COLUMNS]]).encode()
         descriptor = os.open(self.runs_csv, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(descriptor, line)
+            if os.write(descriptor, line) < len(line):  # what a nearly full disk does; a row cut short is none
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -174,8 +191,12 @@ def _write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a restart, finds the old one or the whole new one."""
     # The process number keeps an orphan of a killed study from writing into its successor's file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk must not be kept full
+        raise

@@ -84,7 +84,8 @@ def study(
     """Trains the same network under each arm over grids of settings and seeds, and measures how they differ.
 
     Args:
-        data: ``digits``, ``openml:NAME``, a .npz or .csv file, or a folder of images by class.
+        data: ``digits``, ``openml:NAME``, a .npz, .npy, .csv or .parquet file, a folder of such shards or of images
+            by class, or ``pkg.mod:function``, which returns a torch.utils.data.Dataset; the large are streamed.
         model: ``mlp``, ``cnn`` or ``pkg.mod:function``.
         arms: normalizations, comma-separated or iterable; the last is compared with the first.
         out: the folder for report.html, runs.csv, summary.json and the runs' traces.
@@ -111,8 +112,8 @@ def study(
         model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=own_size, optimizer=own_optimizer
     )
     _check_running(engine, workers)
-    dataset = load(data, BASE_SEED)
-    fitted, plan = fit_batch_sizes(sizes, plan, len(dataset.y["train"]))
+    dataset = load(data, BASE_SEED, progress)
+    fitted, plan = fit_batch_sizes(sizes, plan, dataset.size("train"))
     architecture = Architecture(model, dataset.shape, dataset.classes, plan.batch_size)
     layers = _check_arms(plan, architecture, dataset)
     factors = design(
@@ -161,12 +162,13 @@ def study(
     }
     if factors.levels:
         summary["factors"] = results(
-            plan, factors, table, chosen, target, len(dataset.y["train"]),
+            plan, factors, table, chosen, target, dataset.size("train"),
             lambda timed: update_seconds(timed, architecture, dataset),
         )  # fmt: skip
-    record.rewrite(rows)
-    record.write_summary(summary)
-    write_report(record.report, summary, table, record.read_trace)
+    with record.writing():
+        record.rewrite(rows)
+        record.write_summary(summary)
+        write_report(record.report, summary, table, record.read_trace)
     return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
 
 
@@ -179,8 +181,8 @@ def _check_running(engine_name: str, workers: int | None) -> None:
 
 def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
-    example = torch.from_numpy(data.x["train"][:2])
-    batch = min(plan.batch_size, len(data.y["train"]))
+    example = data.example
+    batch = min(plan.batch_size, data.size("train"))
     with torch.random.fork_rng(devices=[]):
         built = {arm: architecture.check(arm, plan.measure_seeds[0], example) for arm in plan.arms}
     return {arm: layer_table(model, example, batch) for arm, model in built.items()}
@@ -251,7 +253,7 @@ def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float
     )
     if attained <= data.chance("validation"):
         return None
-    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
+    return attained - 1.96 * (attained * (1 - attained) / data.size("validation")) ** 0.5
 
 
 def with_steps(target: float | None, rows: list[Row], record: Record) -> list[Row]:

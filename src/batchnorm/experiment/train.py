@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from batchnorm.experiment.data import PARTS, Dataset
+from batchnorm.experiment.data import HELD_OUT, Dataset
 from batchnorm.experiment.measures import drift_of_run
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
@@ -53,13 +53,13 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     """
     started = time.perf_counter()
     with one_thread_deterministic():
-        x = {part: torch.from_numpy(data.x[part]) for part in PARTS}
-        y = {part: torch.from_numpy(data.y[part]) for part in PARTS}
+        x = {part: torch.from_numpy(data.x[part]) for part in HELD_OUT}
+        y = {part: torch.from_numpy(data.y[part]) for part in HELD_OUT}
         model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed)
-        set_dropout(model, run.dropout, x["train"][:2])
+        set_dropout(model, run.dropout, data.example)
         history, probe = History(), Probe(model, x["validation"])
         torch.manual_seed(run.seed)
-        diverged = not _learn(model, run, x, y, history, probe)
+        diverged = not _learn(model, run, data.batches(run.batch_size, run.seed), x, y, history, probe)
     row = {
         "run_id": run.run_id,
         **{key: getattr(run, key) for key in ("purpose", "arm", "seed", "lr", "weight_decay", "dropout")},
@@ -90,19 +90,23 @@ def _drift(history: History) -> float | None:
 
 
 def _learn(
-    model: nn.Module, run: Run, x: dict[str, Tensor], y: dict[str, Tensor], history: History, probe: Probe
+    model: nn.Module,
+    run: Run,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    x: dict[str, Tensor],
+    y: dict[str, Tensor],
+    history: History,
+    probe: Probe,
 ) -> bool:
     """Trains for the run's steps, evaluating on the way; returns False as soon as something is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(run.optimizer, parameters, run.lr, run.weight_decay)
-    batches = batches_of(len(y["train"]), run.batch_size, run.seed)
     evaluate_after = set(evaluation_steps(run.steps))
     losses: list[float] = []
     model.train()
     for step in range(run.steps + 1):
         if step > 0:
-            index = next(batches)
-            losses.append(update(model, optimizer, x["train"][index], y["train"][index]))
+            losses.append(update(model, optimizer, *next(batches)))
             if not math.isfinite(losses[-1]):
                 return False
         if step in evaluate_after:
@@ -132,19 +136,6 @@ def update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> floa
         loss.backward()
         optimizer.step()
     return value
-
-
-def batches_of(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yields the sample numbers of batches of one size for ever, each pass in a new order.
-
-    A pass's remainder is left out rather than made a smaller batch, whose statistics would be of another kind.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, n)
-    while True:
-        order = torch.randperm(n, generator=generator)
-        for k in range(n // size):
-            yield order[k * size : (k + 1) * size]
 
 
 def _evaluate(
