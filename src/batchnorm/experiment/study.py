@@ -6,16 +6,17 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from batchnorm.errors import UserError
 from batchnorm.experiment.claims import Claim, compute_claims
 from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
+from batchnorm.experiment.engine import Execute, Row, check_engine, open_engine
+from batchnorm.experiment.logs import RunLogs
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
 from batchnorm.experiment.probe import layer_table
@@ -27,8 +28,6 @@ from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ def study(
     workers: int | None = None,
     engine: str = "local",
     *,
+    address: str | None = None,
+    log: str | Iterable[str] = "",
     lrs: str | Iterable[float] | None = None,
     steps: int | None = None,
     batch_size: int = 60,
@@ -78,7 +79,9 @@ def study(
         quick: a smaller grid over the same range, fewer steps and seeds.
         resume: go on with the study in `out`, running exactly what is missing there.
         workers: processes side by side, one thread each; None = the cores available.
-        engine: ``local``: processes of this machine.
+        engine: ``local``: processes of this machine; ``ray``: a Ray cluster's. The results are the same.
+        address: the Ray cluster's HOST:PORT, ``auto`` for the one running here; None = one is started for the study.
+        log: ``tensorboard``, ``mlflow`` or both, comma-separated or iterable: runs are shown there too.
         lrs: learning rates instead of the grid of half decades.
         steps: optimizer steps a run; None = 1000 (600 when `quick`).
         batch_size: samples a step.
@@ -92,11 +95,12 @@ def study(
     plan = make_plan(
         model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=batch_size, optimizer=optimizer
     )
-    _check_running(engine, workers)
+    check_engine(engine, workers, address)
+    record = Record(Path(out))
+    logs = RunLogs(log, record)
     dataset = load(data, BASE_SEED)
     architecture = Architecture(model, dataset.shape, dataset.classes, batch_size)
     layers = _check_arms(plan, architecture, dataset)
-    record = Record(Path(out))
     options = {
         "data": dataset.name,
         "data_digest": dataset.fingerprint(),
@@ -104,8 +108,10 @@ def study(
         "model_digest": model_digest(model),
         **plan.to_json(),
     }
-    rows = _run_missing(plan, architecture, dataset, record, record.begin(options, resume), workers, progress)
+    runner = open_engine(engine, dataset, architecture, record.folder, workers, address)
+    rows = _run_missing(plan, runner, record, record.begin(options, resume), logs, progress)
     rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
+    logs.complete(rows)
     table = _table(rows)
     claims = compute_claims(
         table, chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
@@ -123,17 +129,11 @@ def study(
         "seconds": round(time.monotonic() - started, 1),
         "claims": {name: claim.to_json() for name, claim in claims.items()},
     }
-    record.rewrite(rows)
-    record.write_summary(summary)
-    write_report(record.report, summary, table, record.read_trace)
+    with record.writing():
+        record.rewrite(rows)
+        record.write_summary(summary)
+        write_report(record.report, summary, table, record.read_trace)
     return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
-
-
-def _check_running(engine_name: str, workers: int | None) -> None:
-    if engine_name != "local":
-        raise UserError(f"unknown engine {engine_name!r}, --engine, give local")
-    if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers, --workers, give at least 1")
 
 
 def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
@@ -147,25 +147,24 @@ def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[s
 
 def _run_missing(
     plan: Plan,
-    architecture: Architecture,
-    data: Dataset,
+    engine: AbstractContextManager[Execute],
     record: Record,
     done: list[Row],
-    workers: int | None,
+    logs: RunLogs,
     progress: TextIO | None,
 ) -> list[Row]:
     """Returns the rows of all the plan's runs, in its order, training those that are not `done`."""
     rows = {row["run_id"]: row for row in done}
-    workers = workers or available_workers()
-    with shared_data(data) as folder, fresh_workers(), ProgressView(len(plan), len(rows), progress) as view:
+    logs.catch_up(done)
+    with engine as execute, ProgressView(len(plan), len(rows), progress) as view:
 
         def finished(row: Row) -> None:
             rows[row["run_id"]] = row
             view.finished(row)
+            logs.add(row)
 
         def wave(runs: list[Run]) -> list[Row]:
-            missing = [run for run in runs if run.run_id not in rows]
-            execute(missing, architecture, folder, record.folder, workers, finished)
+            execute([run for run in runs if run.run_id not in rows], finished)
             return [rows[run.run_id] for run in runs]
 
         first = wave(plan.runs_at_base())
