@@ -152,6 +152,8 @@ def test_bad_image_folders(capsys: pytest.CaptureFixture[str]) -> None:
         (("--optimizer", "adam"), "adam"),
         (("--workers", "0"), "--workers"),
         (("--engine", "slurm"), "slurm"),
+        (("--address", "auto"), "--engine ray"),
+        (("--log", "wandb"), "wandb"),
         (("--foo",), "--foo"),
         (("extra",), "extra"),
     ],

@@ -70,16 +70,18 @@ def nodes() -> Iterator[tuple[str, list[list[str]], dict[str, str]]]:
             yield "two network namespaces", [["ip", "netns", "exec", name] for name in names], where
 
 
-def start(prefixes: list[list[str]], where: dict[str, str], words: list[str]) -> list[subprocess.Popen[str]]:
-    """Starts one agent a node, with one process each."""
+def start(
+    prefixes: list[list[str]], where: dict[str, str], words: list[str], processes: int = 1
+) -> list[subprocess.Popen[str]]:
+    """Starts one agent a node, which runs the words as so many processes."""
     # gloo asks for the names of addresses that have none, and remarks on it
     environment = os.environ | where | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     started = []
     for rank, prefix in enumerate(prefixes):
         # torch's launcher warns of its own affairs
         command = [*prefix, sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2"]
-        command += ["--nproc-per-node", "1", "--node-rank", str(rank), "--master-addr", where["MASTER_ADDR"]]
-        command += ["--master-port", where["MASTER_PORT"], str(TRAIN), *words]
+        command += ["--nproc-per-node", str(processes), "--node-rank", str(rank)]
+        command += ["--master-addr", where["MASTER_ADDR"], "--master-port", where["MASTER_PORT"], *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
         started.append(subprocess.Popen(command, **pipes))
     return started
@@ -98,7 +100,7 @@ def step_of(checkpoint: Path) -> int:
 
 def run(prefixes: list[list[str]], where: dict[str, str], words: list[str], kill_at: int, checkpoint: Path) -> str:
     """Trains on both nodes and returns what the first printed; kills the second at the step `kill_at`, 0 for never."""
-    started = start(prefixes, where, words)
+    started = start(prefixes, where, [str(TRAIN), *words])
     try:
         while kill_at and step_of(checkpoint) < kill_at and started[1].poll() is None:
             time.sleep(0.02)
