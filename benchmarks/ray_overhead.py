@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,31 @@ from benchmarks.marked import made_by, write_part
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 Times = tuple[float, float, float]
+WORKERS = 2
 
 
 def timed(engine: str, runs: list[Run], architecture: Architecture, data: Dataset) -> tuple[Times, dict[str, float]]:
-    """Returns the seconds to the first result, for each further one, and in all, stopping included; and the results."""
-    accuracies: dict[str, float] = {}
+    """Returns an engine's start, its share of each further run, and its stop, in seconds; and the results.
+
+    A run's own seconds are taken off, so that what disturbs the training on a busy machine cancels: between the first
+    and the last result each of the two workers was either training or waiting for the engine.
+    """
+    rows: list[dict[str, Any]] = []
     finished: list[float] = []
 
     def take(row: dict[str, Any]) -> None:
         finished.append(time.perf_counter())
-        accuracies[row["run_id"]] = row["test_accuracy"]
+        rows.append(row)
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         Record(Path(out)).begin({}, resume=False)
-        with open_engine(engine, data, architecture, Path(out), 2, None) as execute:
+        with open_engine(engine, data, architecture, Path(out), WORKERS, None) as execute:
             execute(runs, take)
     ended = time.perf_counter()
-    return (finished[0] - started, (finished[-1] - finished[0]) / (len(runs) - 1), ended - started), accuracies
+    waiting = WORKERS * (finished[-1] - finished[0]) - sum(row["seconds"] for row in rows[1:])
+    times = finished[0] - started - rows[0]["seconds"], waiting / (len(runs) - 1), ended - finished[-1]
+    return times, {row["run_id"]: row["test_accuracy"] for row in rows}
 
 
 def main() -> None:
@@ -64,24 +72,24 @@ def main() -> None:
             seconds, accuracies = timed(engine, runs, architecture, data)
             times.append(seconds)
             results.append(accuracies)
-            print(engine, " ".join(f"{value:.2f}" for value in seconds), flush=True)
+            print(engine, " ".join(f"{value:.3f}" for value in seconds), flush=True)
         assert results[0] == results[1], "Ray gives other results"
-    rows = []
+    lines = ["| engine | start, s | a run, ms | stop, s |", "|---|---|---|---|"]
     for engine, times in taken.items():
-        first, each, total = (statistics.median(column) for column in zip(*times, strict=True))
-        rows.append(f"| {engine} | {first:.1f} s | {each:.2f} s | {total:.1f} s |")
-    ratios = [
-        [ours[k] / theirs[k] for ours, theirs in zip(taken["ray"], taken["local"], strict=True)] for k in range(3)
-    ]
-    middle = " | ".join(f"{statistics.median(ratio):.2f}" for ratio in ratios)
-    spread = " | ".join(f"{min(ratio):.2f} – {max(ratio):.2f}" for ratio in ratios)
+        start, run, stop = zip(*times, strict=True)
+        lines.append(f"| {engine} | {_cell(start)} | {_cell([1000 * value for value in run], 0)} | {_cell(stop)} |")
     command = f"python -m benchmarks.ray_overhead --runs {given.runs} --repeats {given.repeats}"
-    table = "\n".join([
-        "| engine | first result after | each further one | all, stopping included |", "|---|---|---|---|",
-        *rows, f"| ray / local | {middle} |", f"| its range | {spread} |",
-    ])  # fmt: skip
-    text = f"Medians of {given.repeats} repeats in turn, {len(runs)} runs of the default study, two workers.\n\n{table}"
+    text = f"""{len(runs)} runs of the default study with two workers, the engines in turn, {given.repeats} times each:
+median (least – most) of what the engine adds. Start: to the first result, less its training; a run: what a worker waits
+for each further one (the last ones' idle worker included); stop: from the last result.
+
+"""
+    text += "\n".join(lines)
     write_part(PAGE, "ray", f"{text}\n\n{made_by(command, os.cpu_count() or 1)} Ray {ray.__version__}.")
+
+
+def _cell(values: Sequence[float], digits: int = 1) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

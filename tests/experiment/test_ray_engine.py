@@ -1,6 +1,7 @@
 """Studies on a real Ray: the files of the local engine, whatever is lost on the way; and what cannot be reached."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,14 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 
 from batchnorm import study
 from batchnorm.cli import main
 from batchnorm.errors import UserError
 from batchnorm.experiment import ray_engine
 from tests.experiment.conftest import write_small_npz
-
-ray = pytest.importorskip("ray")
 
 # Two loopback addresses, so that Ray takes them for two machines.
 HEAD, OTHER = "127.0.0.2", "127.0.0.3"
@@ -34,6 +34,10 @@ def net(arm, seed):
         log.write(f"{arm} {seed} {os.getpid()}\\n")
     norm = nn.BatchNorm1d(9) if arm == "batch" else nn.Identity()
     return nn.Sequential(nn.Linear(4, 9), norm, nn.Tanh(), nn.Linear(9, 3))
+def failing(arm, seed):
+    if seed == 2002:
+        raise RuntimeError("late\\nboom")
+    return net(arm, seed)
 def deadly(arm, seed):
     if seed == 2002:
         os.kill(os.getpid(), 9)
@@ -142,6 +146,33 @@ def test_a_run_that_kills_every_worker_is_one_sentence(
         study(**{**small, "model": "ray_nets:deadly"}, out="ray", workers=1, engine="ray")  # type: ignore[arg-type]
     assert rows(Path("ray")) > 0, "finished runs stay"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_network_that_fails_is_one_sentence_at_once(
+    small: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["study", "--data", "small.npz", "--model", "ray_nets:failing", "--quick", "--lrs", "0.1,1"]
+    assert main([*command, "--steps", "8", "--workers", "1", "--engine", "ray", "--out", "ray"]) == 2
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"batchnorm: the factory raises \(RuntimeError: late boom\), .*ray_nets:failing.*\n", err)
+    assert "runs" in out
+    assert rows(Path("ray")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_says_how_to_go_on(small: dict[str, object]) -> None:
+    command = [sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"]
+    command += ["--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    while started.poll() is None and rows(Path("ray")) < 3:
+        time.sleep(0.01)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to the whole process group
+    _, said = started.communicate(timeout=120)
+    assert (started.returncode, said.decode().count("\n")) == (130, 1)
+    assert "--resume" in said.decode()
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def _connected(model: str, workers: int | None, address: str | None) -> Iterator
     if ray.is_initialized():
         yield workers or _twice_the_cpus()
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": _environment(model)}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": _environment()}
     if address is None:
         # "local" and not None: that would join whatever RAY_ADDRESS names.
         options |= {"address": "local", "num_cpus": workers or available_workers(), "include_dashboard": False}
@@ -120,7 +120,7 @@ def _twice_the_cpus() -> int:
     return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _environment(model: str) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     """Returns the workers' environment: one thread each, and every folder that this process imports from.
 
     Folders of the interpreter itself are left out: another machine has its own. One that another machine lacks is

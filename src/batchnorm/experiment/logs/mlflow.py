@@ -39,9 +39,9 @@ class MlflowLog:
         self._held: dict[str, Run] = {}  # the whole runs of this study, by our run_id
 
     def open(self) -> None:
+        # MLflow develops its file store no further and asks for this. The database that it prefers is slow to be made.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         if self._store is None:
-            # MLflow develops its files no further and asks for this; the database it prefers is slow to be made.
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             Path(self.where).mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(self._store or Path(self.where).resolve().as_uri())
         found = self._client.get_experiment_by_name(self._name)
