@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import execute, fresh_workers, shared_data
+from batchnorm.experiment.engine import open_engine
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run, make_plan
 from batchnorm.experiment.provenance import library_commit
@@ -39,14 +39,17 @@ def sequential(runs: list[Run], architecture: Architecture, data: Dataset) -> tu
     return time.perf_counter() - started, _results(rows)
 
 
-def side_by_side(runs: list[Run], architecture: Architecture, data: Dataset) -> tuple[float, Results]:
-    """Returns the seconds and the accuracies of the study's engine with two workers, start-up included."""
+def side_by_side(
+    runs: list[Run], architecture: Architecture, data: Dataset, engine: str = "local"
+) -> tuple[float, Results]:
+    """Returns the seconds and the accuracies of an engine of the study with two workers, start-up included."""
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as out, shared_data(data) as folder, fresh_workers():
+    with tempfile.TemporaryDirectory() as out:
         Record(Path(out)).begin({}, resume=False)
-        execute(runs, architecture, folder, Path(out), 2, rows.append)
-        seconds = time.perf_counter() - started
+        with open_engine(engine, data, architecture, Path(out), 2, None) as execute:
+            execute(runs, rows.append)
+            seconds = time.perf_counter() - started
     return seconds, _results(rows)
 
 

@@ -162,6 +162,8 @@ def test_bad_image_folders(capsys: pytest.CaptureFixture[str]) -> None:
         (("--optimizer", ""), "''"),
         (("--workers", "0"), "--workers"),
         (("--engine", "slurm"), "slurm"),
+        (("--address", "auto"), "--engine ray"),
+        (("--log", "wandb"), "wandb"),
         (("--foo",), "--foo"),
         (("extra",), "extra"),
     ],

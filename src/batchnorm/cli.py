@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from batchnorm.errors import UserError
 
+_EXTRAS = {
+    "ray": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"
+}  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line on `arguments` (None = the process's own) and returns the exit code."""
@@ -60,4 +64,5 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
     package = (error.name or "").partition(".")[0]
     if package in ("", "batchnorm"):
         return error
-    return UserError(f"{package} is not installed, this Python, install it with pip install 'batchnorm[study]'")
+    extra = _EXTRAS.get(package, "study")
+    return UserError(f"{package} is not installed, this Python, install it with pip install 'batchnorm[{extra}]'")

@@ -62,7 +62,14 @@ def study(
     workers: Annotated[
         int | None, typer.Option(help="Processes side by side.", show_default="the cores available")
     ] = None,
-    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    engine: Annotated[str, typer.Option(help="local: this machine's processes; ray: a Ray cluster's.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of the Ray cluster, auto for one running here.", show_default="one is started"),
+    ] = None,
+    log: Annotated[
+        str, typer.Option(help="Show the runs elsewhere too: tensorboard, mlflow or both, comma-separated.")
+    ] = "",
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates, comma-separated.", show_default="half decades")
     ] = None,
@@ -97,6 +104,8 @@ def study(
         resume,
         workers,
         engine,
+        address=address,
+        log=log,
         lrs=lrs,
         steps=steps,
         batch_size=batch_size,

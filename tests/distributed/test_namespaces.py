@@ -7,32 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-WIRE = "10.231.7"  # exists inside the two namespaces only
-
-
-def ip(*arguments):
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True, timeout=20)
+from examples.distributed.two_nodes import WIRE, namespaces
 
 
 @contextmanager
-def namespaces():
-    """Two namespaces with an interface `bn0` each, at WIRE.1 and WIRE.2; gone afterwards, with all that is in them."""
-    names = [f"bn-{os.getpid()}-{side}" for side in (1, 2)]
-    with ExitStack() as cleanup:
+def two_namespaces():
+    with ExitStack() as stack:
         try:
-            for name in names:
-                ip("netns", "add", name)
-                cleanup.callback(subprocess.run, ["ip", "netns", "del", name], check=False, timeout=20)
-            peer = ["peer", "name", "bn0", "netns", names[1]]
-            ip("link", "add", "bn0", "netns", names[0], "type", "veth", *peer)
-            for side, name in enumerate(names, 1):
-                ip("-n", name, "address", "add", f"{WIRE}.{side}/24", "dev", "bn0")
-                for device in ("lo", "bn0"):
-                    ip("-n", name, "link", "set", device, "up")
-        except FileNotFoundError:
-            pytest.skip("no `ip` command: install iproute2")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
+            names = stack.enter_context(namespaces())
+        except RuntimeError as error:
+            pytest.skip(str(error))
         yield names
 
 
@@ -48,7 +32,7 @@ def start(name, rank):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 def test_two_nodes_are_one_process():
-    with namespaces() as names:
+    with two_namespaces() as names:
         nodes = [start(name, rank) for rank, name in enumerate(names)]
         try:
             # the second node's little output fits its pipe while the first is read

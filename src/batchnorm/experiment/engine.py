@@ -1,5 +1,8 @@
 """Runs side by side: processes of one thread each, every finished run on disk before its process takes the next.
 
+An engine is a context that gives one function: `execute(runs, on_finished)`. This file holds the local one; Ray's is in
+ray_engine.py.
+
 joblib's loky is the engine because it survives what multiprocessing.Pool hangs on (a worker killed for memory)
 and because it needs no ``if __name__ == "__main__"`` in a user's script.
 """
@@ -12,7 +15,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,50 @@ from batchnorm.experiment.data import Dataset
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
 from batchnorm.experiment.record import Record
+
+ENGINES = ("local", "ray")
+Row = dict[str, Any]
+OnFinished = Callable[[Row], None]
+Execute = Callable[[Sequence[Run], OnFinished], None]
+
+
+def check_engine(name: str, workers: int | None, address: str | None) -> None:
+    """Refuses what cannot run, before anything is loaded or written.
+
+    Raises:
+        UserError: an unknown engine, no workers, an address without Ray, or one at which no Ray answers.
+    """
+    if name not in ENGINES:
+        raise UserError(f"unknown engine {name!r}, --engine, give one of {', '.join(ENGINES)}")
+    if workers is not None and workers < 1:
+        raise UserError(f"{workers} workers, --workers, give at least 1")
+    if name == "ray":
+        from batchnorm.experiment.ray_engine import check_address
+
+        check_address(address)
+    elif address is not None:
+        raise UserError(f"the {name} engine has no address, --address {address}, leave it out or add --engine ray")
+
+
+def open_engine(
+    name: str, data: Dataset, architecture: Architecture, out: Path, workers: int | None, address: str | None
+) -> AbstractContextManager[Execute]:
+    """Returns the engine that `check_engine` has accepted; entered, it gives `execute(runs, on_finished)`.
+
+    `execute` trains every run, leaves its trace and row in `out` and calls `on_finished` with each row.
+    """
+    if name == "ray":
+        from batchnorm.experiment.ray_engine import ray_engine
+
+        return ray_engine(data, architecture, out, workers, address)
+    return local_engine(data, architecture, out, workers or available_workers())
+
+
+@contextmanager
+def local_engine(data: Dataset, architecture: Architecture, out: Path, workers: int) -> Iterator[Execute]:
+    """Gives the `execute` of this machine's processes."""
+    with shared_data(data) as folder, fresh_workers():
+        yield lambda runs, on_finished: execute(runs, architecture, folder, out, workers, on_finished)
 
 
 def available_workers() -> int:
@@ -44,7 +91,7 @@ def shared_data(data: Dataset) -> Iterator[Path]:
             data.save(Path(folder))
         except OSError as error:
             raise UserError(
-                f"cannot be written ({quote_error(error)}), {folder}, make room for a copy of the data or set TMPDIR"
+                f"the workers' data cannot be written ({quote_error(error)}), {folder}, make room or set TMPDIR"
             ) from error
         yield Path(folder)
 
@@ -69,7 +116,7 @@ def execute(
     data_folder: Path,
     out: Path,
     workers: int,
-    on_finished: Callable[[dict[str, Any]], None],
+    on_finished: OnFinished,
 ) -> None:
     """Trains every run and leaves its trace and row in `out`, calling `on_finished` with each row.
 
@@ -111,36 +158,41 @@ def _stop_workers() -> None:
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
-def _run_in_worker(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> dict[str, Any]:
+def _run_in_worker(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> Row:
     # Ctrl-C reaches the whole process group; the parent alone answers it, and then ends the workers.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return run_one(run, architecture, data_folder, out)
 
 
-def run_one(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> dict[str, Any]:
+def run_one(run: Run, architecture: Architecture, data_folder: Path, out: Path) -> Row:
     """Trains one run, puts it on disk and returns its row.
 
     Raises:
         UserError: whatever went wrong, in one sentence, because nothing else crosses to the user.
     """
+    row, trace = train_one(run, architecture, _open_once(data_folder))
+    Record(out).add(row, trace)
+    return row
+
+
+def train_one(run: Run, architecture: Architecture, data: Dataset) -> tuple[Row, dict[str, Any]]:
+    """Returns the row and the trace of one run.
+
+    Raises:
+        UserError: the network failed, in one sentence.
+    """
     from batchnorm.experiment.train import train
 
     try:
-        row, trace = train(run, architecture, _open_once(data_folder))
-        Record(out).add(row, trace)
+        return train(run, architecture, data)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({quote_error(error)}), --out {out}, make room and continue with --resume"
-        ) from error
     except Exception as error:
         raise UserError(
             f"training fails ({quote_error(error)}), --model {architecture.model} in run {run.run_id}, "
             "correct the network and start again"
         ) from error
-    return row
 
 
 @functools.lru_cache(maxsize=1)

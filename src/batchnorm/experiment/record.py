@@ -35,7 +35,7 @@ class Record:
         self.runs_csv = folder / "runs.csv"
         self.summary_json = folder / "summary.json"
         self.report = folder / "report.html"
-        self._plan = folder / "plan.json"
+        self.plan_json = folder / "plan.json"
         self._traces = folder / "traces"
 
     def begin(self, options: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ class Record:
             held = self._held_options()
             rows = self._whole_rows()
             if held is None or not rows:  # without a finished run there is nothing to lose
-                _write_atomically(self._plan, json.dumps(options, indent=1, allow_nan=False))
+                _write_atomically(self.plan_json, json.dumps(options, indent=1, allow_nan=False))
                 _write_atomically(self.runs_csv, _csv_text([COLUMNS]))
                 return []
             if not resume:
@@ -88,16 +88,16 @@ class Record:
             ) from error
 
     def _held_options(self) -> dict[str, Any] | None:
-        if not self._plan.exists():
+        if not self.plan_json.exists():
             if self.runs_csv.exists() or self.summary_json.exists():
                 raise UserError(f"files of another kind of study are there, --out {self.folder}, give another --out")
             return None
         try:
-            held = json.loads(self._plan.read_text(encoding="utf-8"))
+            held = json.loads(self.plan_json.read_text(encoding="utf-8"))
         except ValueError:
             held = None
         if not isinstance(held, dict):
-            raise UserError(f"damaged, {self._plan}, give another --out")
+            raise UserError(f"damaged, {self.plan_json}, give another --out")
         return held
 
     def _whole_rows(self) -> list[dict[str, Any]]:
@@ -122,15 +122,16 @@ class Record:
 
         Several processes add to one file: each row is a single write in append mode.
         """
-        _write_atomically(self._trace_path(row["run_id"]), json.dumps(trace, allow_nan=False))
-        line = _csv_text([[_cell(row[column]) for column in COLUMNS]]).encode()
-        descriptor = os.open(self.runs_csv, os.O_WRONLY | os.O_APPEND)
-        try:
-            if os.write(descriptor, line) < len(line):  # what a nearly full disk does; a row cut short is none
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with self.writing():
+            _write_atomically(self._trace_path(row["run_id"]), json.dumps(trace, allow_nan=False))
+            line = _csv_text([[_cell(row[column]) for column in COLUMNS]]).encode()
+            descriptor = os.open(self.runs_csv, os.O_WRONLY | os.O_APPEND)
+            try:
+                if os.write(descriptor, line) < len(line):  # a disk that fills up takes a part, and says nothing yet
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
         """Replaces runs.csv by these rows."""

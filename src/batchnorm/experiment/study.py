@@ -6,17 +6,17 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from batchnorm.errors import UserError
 from batchnorm.experiment.claims import Claim, compute_claims
 from batchnorm.experiment.costs import update_seconds
 from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import available_workers, execute, fresh_workers, shared_data
+from batchnorm.experiment.engine import Execute, Row, check_engine, open_engine
 from batchnorm.experiment.factor_results import results
 from batchnorm.experiment.factors import (
     Factors,
@@ -30,6 +30,7 @@ from batchnorm.experiment.factors import (
     runs_to_choose,
     runs_to_measure,
 )
+from batchnorm.experiment.logs import RunLogs
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
 from batchnorm.experiment.probe import layer_table
@@ -41,8 +42,6 @@ from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ def study(
     workers: int | None = None,
     engine: str = "local",
     *,
+    address: str | None = None,
+    log: str | Iterable[str] = "",
     lrs: str | Iterable[float] | None = None,
     steps: int | None = None,
     batch_size: str | int | Iterable[str | int] | None = None,
@@ -93,7 +94,9 @@ def study(
         quick: a smaller grid over the same range, fewer steps and seeds.
         resume: go on with the study in `out`, running exactly what is missing there.
         workers: processes side by side, one thread each; None = the cores available.
-        engine: ``local``: processes of this machine.
+        engine: ``local``: processes of this machine; ``ray``: a Ray cluster's. The results are the same.
+        address: the Ray cluster's HOST:PORT, ``auto`` for the one running here; None = one is started for the study.
+        log: ``tensorboard``, ``mlflow`` or both, comma-separated or iterable: runs are shown there too.
         lrs: learning rates instead of the grid of half decades.
         steps: optimizer steps a run; None = 1000 (600 when `quick`).
         batch_size: samples an update, ``full`` for all training samples; None = 60. Several make batch size a factor.
@@ -111,7 +114,9 @@ def study(
     plan = make_plan(
         model, arms, seeds=seeds, quick=quick, lrs=lrs, steps=steps, batch_size=own_size, optimizer=own_optimizer
     )
-    _check_running(engine, workers)
+    check_engine(engine, workers, address)
+    record = Record(Path(out))
+    logs = RunLogs(log, record)
     dataset = load(data, BASE_SEED, progress)
     fitted, plan = fit_batch_sizes(sizes, plan, dataset.size("train"))
     architecture = Architecture(model, dataset.shape, dataset.classes, plan.batch_size)
@@ -120,7 +125,6 @@ def study(
         plan, fitted, names or (), model, quick=quick, own_lrs=lrs is not None, architecture=architecture,
         data=dataset,
     )  # fmt: skip
-    record = Record(Path(out))
     options = {
         "data": dataset.name,
         "data_digest": dataset.fingerprint(),
@@ -129,15 +133,15 @@ def study(
         **plan.to_json(),
         **factors.to_json(),
     }
-    rows, added = _run_missing(
-        plan, factors, architecture, dataset, record, record.begin(options, resume), workers, progress
-    )
+    runner = open_engine(engine, dataset, architecture, record.folder, workers, address)
+    rows, added = _run_missing(plan, factors, dataset, runner, record, record.begin(options, resume), logs, progress)
     rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
     claims = compute_claims(
         _table(rows), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
         target=target, chance=dataset.chance("validation"),
     )  # fmt: skip
     rows += with_steps(target, added, record)
+    logs.complete(rows)
     table = _table(rows)
     summary = {
         "schema": 1,
@@ -172,13 +176,6 @@ def study(
     return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
 
 
-def _check_running(engine_name: str, workers: int | None) -> None:
-    if engine_name != "local":
-        raise UserError(f"unknown engine {engine_name!r}, --engine, give local")
-    if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers, --workers, give at least 1")
-
-
 def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
     example = data.example
@@ -191,26 +188,26 @@ def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[s
 def _run_missing(
     plan: Plan,
     factors: Factors,
-    architecture: Architecture,
     data: Dataset,
+    engine: AbstractContextManager[Execute],
     record: Record,
     done: list[Row],
-    workers: int | None,
+    logs: RunLogs,
     progress: TextIO | None,
 ) -> tuple[list[Row], list[Row]]:
     """Returns the rows of all the plan's runs, in its order, and of the factors', training those not `done`."""
     rows = {row["run_id"]: row for row in done}
-    workers = workers or available_workers()
+    logs.catch_up(done)
     total = len(plan) + most_runs(factors, plan)
-    with shared_data(data) as folder, fresh_workers(), ProgressView(total, len(rows), progress) as view:
+    with engine as execute, ProgressView(total, len(rows), progress) as view:
 
         def finished(row: Row) -> None:
             rows[row["run_id"]] = row
             view.finished(row)
+            logs.add(row)
 
         def wave(runs: list[Run]) -> list[Row]:
-            missing = [run for run in runs if run.run_id not in rows]
-            execute(missing, architecture, folder, record.folder, workers, finished)
+            execute([run for run in runs if run.run_id not in rows], finished)
             return [rows[run.run_id] for run in runs]
 
         own = wave(plan.runs_at_base())
