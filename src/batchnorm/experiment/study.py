@@ -250,7 +250,7 @@ def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float
     )
     if attained <= data.chance("validation"):
         return None
-    return attained - 1.96 * (attained * (1 - attained) / data.size("validation")) ** 0.5
+    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
 
 
 def with_steps(target: float | None, rows: list[Row], record: Record) -> list[Row]:
