@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace bn {
 namespace {
@@ -63,7 +64,8 @@ void Coefficients::encode(std::int64_t item, int begin, int end) {
   if (p_.dtype == Dtype::f64 || wide_[static_cast<std::size_t>(item)]) return;
   const double* v = values(item);
   float* f = narrow_.data() + item * kCoefs * width_;
-  for (std::int64_t k = begin * width_; k < end * width_; ++k) f[k] = static_cast<float>(v[k]);
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();  // without the payload that γ or β may carry
+  for (std::int64_t k = begin * width_; k < end * width_; ++k) f[k] = v[k] == v[k] ? static_cast<float>(v[k]) : nan;
 }
 
 const Leaf& Coefficients::use(std::int64_t item, Slab& slab) const {

@@ -76,14 +76,36 @@ inline std::uint16_t f16_bits(float value) {
   return static_cast<std::uint16_t>(sign | rounded >> 13);
 }
 
+// bfloat16 is the upper half of a float32, rounded to nearest even. Compilers convert in halves, which costs four
+// instructions for one. A NaN stays one without a look at it: only a payload of ones in the lower half could carry into
+// the sign, and none comes from bfloat16 data and arithmetic on them (Coefficients::encode keeps it out of γ and β).
+#if BN_VECTOR_BYTES == 64
+BN_INLINE VF widen(HalfU16 h, bf16) {
+  return bits<VF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(h)), 16));
+}
+BN_INLINE HalfU16 narrow(VF v, bf16) {
+  const __m512i u = bits<__m512i>(v), high = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  return bits<HalfU16>(_mm512_cvtepi32_epi16(up));
+}
+#elif BN_VECTOR_BYTES == 32
+BN_INLINE VF widen(HalfU16 h, bf16) {
+  return bits<VF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(h)), 16));
+}
+BN_INLINE HalfU16 narrow(VF v, bf16) {
+  const VU u = bits<VU>(v);
+  const __m256i word = bits<__m256i>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  return bits<HalfU16>(_mm_packus_epi32(_mm256_castsi256_si128(word), _mm256_extracti128_si256(word, 1)));
+}
+#else
 BN_INLINE VF widen(HalfU16 h, bf16) { return bits<VF>(__builtin_convertvector(h, VU) << 16); }
 
 BN_INLINE HalfU16 narrow(VF v, bf16) {
   const VU u = bits<VU>(v);
-  const VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const VU nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector(bits<VU>(v == v) ? rounded : nan, HalfU16);
+  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, HalfU16);
 }
+#endif
 
 #if BN_VECTOR_BYTES == 64
 BN_INLINE VF widen(HalfU16 h, f16) { return bits<VF>(_mm512_cvtph_ps(bits<__m256i>(h))); }
