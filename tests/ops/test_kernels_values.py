@@ -163,6 +163,38 @@ def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None
     torch.testing.assert_close(dx.double() * sd, exact * sd, rtol=1e-5, atol=max(2e-6, 2e-45 * sd))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("spread", [1e-20, 1.0, 1e12])
+def test_gradient_sums_of_any_magnitude(magnitude: float, spread: float, layout: str) -> None:
+    """Within 2⁻²³ of the sum of the terms' magnitudes over √n, also where float32 products vanish or overflow.
+
+    Products below float32's least number, all of a block, count as nothing: no gradient of γ could show them.
+    """
+    x = arranged((torch.randn(40, 19, 21, 20, dtype=torch.float64) * spread).float(), layout)
+    grad = arranged((torch.randn(x.shape, dtype=torch.float64) * magnitude + 0.1 * magnitude).float(), layout)
+    form = (1e-5, "relu", 0.0, 0)
+    mean, var, _ = ops.stats(x, None, 0)
+    sums = ops.backward_reduce(grad, x, mean, var, None, None, None, None, *form)
+    wide = x.double(), mean, var, None, None, None, None
+    exact = reference.backward_reduce(grad.double(), *wide, *form)
+    terms = reference.backward_reduce(grad.double().abs(), *wide, *form)[0]
+    deviation = (x.double() - mean.view(1, -1, 1, 1)).abs().amax()
+    unit = 2**-23 / (x.numel() / x.size(1)) ** 0.5
+    assert (sums[0] - exact[0]).abs().max() <= 4 * unit * terms.max()
+    assert (sums[1] - exact[1]).abs().max() <= 4 * unit * terms.max() * deviation + x.numel() * 2**-149
+
+
+def test_a_weight_that_is_no_number_gives_none_in_bfloat16() -> None:
+    """Also one whose payload is all ones: rounded to bfloat16 carelessly it would become a zero."""
+    odd = torch.tensor([0x7FFFFFFF, -1, 0x3F800000], dtype=torch.int32).view(torch.float32)
+    x = torch.randn(6, 3, 40).bfloat16()
+    for layout in ("contiguous", "channels_last"):
+        out = ops.forward(arranged(x, layout), odd, None, None, None, 1e-5, "", 0.0, 0)[0]
+        assert out[:, :2].isnan().all()
+        assert out[:, 2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.25, 1e-7, 3e4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
