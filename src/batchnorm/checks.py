@@ -39,16 +39,12 @@ def check_vectors(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """Every given per-channel vector: C elements, a dtype that goes with the input's, its device."""
-    channels, dtype, device = input.size(1), input.dtype, input.device
+    size, dtype, device = input.shape[1:2], input.dtype, input.device
+    half = dtype in _HALF
     for place, vector in enumerate((running_mean, running_var, weight, bias)):
-        if vector is None:
+        if vector is None or (vector.shape == size and vector.dtype is dtype and vector.device == device):
             continue
-        if (
-            vector.dim() != 1
-            or vector.size(0) != channels
-            or (vector.dtype is not dtype and not (dtype in _HALF and vector.dtype is torch.float32))
-            or vector.device != device
-        ):
+        if vector.shape != size or not (half and vector.dtype is torch.float32) or vector.device != device:
             _refuse_vector(input, ("running_mean", "running_var", "weight", "bias")[place], vector)
 
 

@@ -117,8 +117,8 @@ def batch_norm(
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
     simple = training and running_mean is not None and renorm is None and process_group is None
-    if simple and input.dim() > 1 and _eager() and not recomputing():
-        return _training_call(
+    if simple and input.dim() > 1 and eager() and not recomputing():
+        return training_call(
             input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
             nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
         )  # fmt: skip
@@ -140,7 +140,7 @@ def batch_norm(
     return out
 
 
-def _training_call(
+def training_call(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -340,7 +340,8 @@ def runs_where_we_are_not() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
-def _eager() -> bool:
+def eager() -> bool:
+    """Whether the call runs here and now, with nothing that compiles, exports, traces or transforms it."""
     return not torch.compiler.is_compiling() and not runs_where_we_are_not()
 
 

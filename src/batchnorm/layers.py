@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import has_torch_function
 
 from . import checks
 from .bookkeeping import Memory, Seen, kept_forward
-from .functional import batch_norm
+from .functional import batch_norm, eager, recomputing, training_call
 from .moments import Moments, ProcessGroupLike, Renorm, check_group
 from .whereabouts import where
 
@@ -171,15 +172,31 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         ):
             return kept_forward(self, input, residual, mask, domain)
         # read once: each look at a buffer or parameter is a search through nn.Module's dictionaries
-        mean, var, frozen = self.running_mean, self.running_var, self.frozen
+        mean, var, weight, bias, frozen = self.running_mean, self.running_var, self.weight, self.bias, self.frozen
         training = not frozen and (self.training or (mean is None and var is None))
         keep = self.track_running_stats or not self.training or frozen
+        tracked = self.num_batches_tracked if training and keep else None
+        if (
+            tracked is not None
+            and mask is None
+            and self.process_group is None
+            and self.feature_axis == 1
+            and input.dim() > 1
+            and not has_torch_function((input, mean, var, weight, bias, residual))
+            and eager()
+            and not recomputing()
+        ):  # what `batch_norm` would come to: small tensors feel every call in between
+            checks.check_residual(input, residual)
+            form = (self.eps, self.activation or "", self.negative_slope, self.ghost_batch_size or 0)
+            return training_call(
+                input, weight, bias, residual, None, (mean, var, tracked), self.momentum, False, form
+            )  # fmt: skip
         return batch_norm(
             input,
             mean if keep else None,
             var if keep else None,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training,
             self.momentum,
             self.eps,
@@ -190,7 +207,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             process_group=self.process_group,
             feature_axis=self.feature_axis,
             negative_slope=self.negative_slope,
-            num_batches_tracked=self.num_batches_tracked if training and keep else None,
+            num_batches_tracked=tracked,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -59,12 +59,15 @@ class _Function(torch.autograd.Function):
             if needs[3] and grads[3] is None:
                 grads[3] = grad_output
             return (*grads, *(None,) * (ctx.inputs - 4))
-        through_activation = needs[3] and bool(form[1])
-        found = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
-        grads = [g if need else None for g, need in zip(found, needs, strict=True)]
-        if needs[3] and not through_activation:
-            grads[3] = grad_output
-        return (*grads, *(None,) * (ctx.inputs - 4))
+        through_activation = needs[3] and form[1] != ""
+        dx, dweight, dbias, dresidual = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
+        return (
+            dx if needs[0] else None,
+            dweight if needs[1] else None,
+            dbias if needs[2] else None,
+            (dresidual if through_activation else grad_output) if needs[3] else None,
+            *(None,) * (ctx.inputs - 4),
+        )
 
 
 class BatchStatistics(_Function):
