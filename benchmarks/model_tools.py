@@ -95,7 +95,7 @@ def speed(times: dict[str, Timing], name: str) -> str:
 
 def row(name: str, network: Network, seconds: float) -> str:
     model, x = settled(network)
-    found = differences(model, x[:4, :, : network.checked, : network.checked])
+    found = differences(model, x[:4, :, : network.checked, : network.checked], network.steps)
     wrong = {kind: value for kind, value in found.items() if not value <= LIMIT}
     if wrong:
         raise SystemExit(f"model_tools: {name} differs from eager torch: {wrong}; no time is measured")

@@ -16,12 +16,12 @@ __all__ = ["LIMIT", "differences"]
 LIMIT = 1e-6  # three training steps of a deep network amplify rounding; a mistake is of the size of the values
 
 
-def steps(model: Any, holder: nn.Module, x: Tensor) -> list[Tensor]:
-    """Outputs and gradients of three SGD steps on batches of two sizes, then parameters and buffers."""
+def steps(model: Any, holder: nn.Module, x: Tensor, count: int) -> list[Tensor]:
+    """Outputs and gradients of SGD steps on batches of two sizes in turn, then parameters and buffers."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(holder.parameters(), lr=1e-3, momentum=0.9)
     seen: list[Tensor] = []
-    for size in (len(x), len(x) - 1, len(x)):
+    for size in (len(x), len(x) - 1, len(x))[:count]:
         optimizer.zero_grad()
         out = model(x[:size])
         out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype) / out.numel())
@@ -36,8 +36,8 @@ def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) / scale for a, b, scale in zip(ours, theirs, scales, strict=True))
 
 
-def differences(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """The largest relative difference of `converted` and `fused` to eager over three training steps (outputs,
+def differences(model: nn.Module, x: Tensor, count: int = 3) -> dict[str, float]:
+    """The largest relative difference of `converted` and `fused` to eager over so many training steps (outputs,
     gradients, parameters, buffers), of `reverted` to the network as it was, and of `folded` in eval.
 
     Raises:
@@ -60,9 +60,9 @@ def differences(model: nn.Module, x: Tensor) -> dict[str, float]:
         raise AssertionError("revert did not bring the network back")
     if any(type(m) in kinds for m in convert(converted).modules() if is_norm(m)):
         raise AssertionError("convert left a layer of torch's")
-    expected = steps(model, model, x)
+    expected = steps(model, model, x, count)
     torch._dynamo.reset()
     return found | {
-        "converted": worst(steps(converted, converted, x), expected),
-        "fused": worst(steps(fuse(fused), fused, x), expected),
+        "converted": worst(steps(converted, converted, x, count), expected),
+        "fused": worst(steps(fuse(fused), fused, x, count), expected),
     }

@@ -18,6 +18,7 @@ class Network(NamedTuple):
     size: int  # of the images, in pixels
     aim: float | None = None  # × eager on a training step, with `fuse`
     checked: int = 96  # size of the images on which answers are compared, in float64
+    steps: int = 3  # training steps that are compared
 
 
 class Block(nn.Module):
@@ -83,7 +84,9 @@ NETWORKS = {
     "ResNet-50": Network(of("ResNet"), 8, 96),
     "RegNet": Network(of("RegNet"), 8, 96),
     "EfficientNet-B0": Network(of("EfficientNet", **_EFFICIENTNET_B0), 8, 96),
-    "LeViT-128S": Network(of("Levit", drop_path_rate=0), 4, 224, checked=224),
+    # Its last layers normalize a handful of nearly equal vectors: an input off by 1e-15 moves torch's own second
+    # step by 2e-3, the first by 2e-11.
+    "LeViT-128S": Network(of("Levit", drop_path_rate=0), 4, 224, checked=224, steps=1),
 }
 
 
