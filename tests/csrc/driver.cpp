@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "blocks.h"
 #include "problem.h"
 
 namespace {
@@ -119,6 +120,24 @@ void check_moments(const Case& k, const std::vector<std::vector<double>>& found)
   require(std::fabs(found[2][0] - square / count) < 1e-12, "variance");
 }
 
+// Blocks taken and given by several threads at once: no two living ones share memory.
+void check_blocks() {
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([t] {
+      for (int i = 0; i < 50; ++i) {
+        const std::size_t bytes = kLeastBlock + static_cast<std::size_t>(i % 3) * 65536;
+        Block* const block = take_block(bytes);
+        require(block && block->bytes >= bytes, "no block");
+        std::memset(block->data, t, bytes);
+        require(static_cast<char*>(block->data)[bytes - 1] == t, "two tensors in one block");
+        give_block(block);
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  require(empty_cache() > 0 && empty_cache() == 0, "blocks are given back once");
+}
+
 }  // namespace
 
 int main() {
@@ -141,6 +160,18 @@ int main() {
                 require(!std::memcmp(one[i].data(), three[i].data(), one[i].size() * sizeof(double)), "threads change a bit");
               ++cases;
             }
+  // beyond the last-level cache, where outputs are streamed and the next channel is read ahead
+  for (const bool last : {false, true})
+    for (const bool residual : {false, true}) {
+      const Case k{20, 32, 10007, 0, last, false, residual, Dtype::f32, Act::relu};
+      const auto one = run_case(k, 1);
+      check_moments(k, one);
+      const auto two = run_case(k, 2);
+      for (std::size_t i = 0; i < one.size(); ++i)
+        require(!std::memcmp(one[i].data(), two[i].data(), one[i].size() * sizeof(double)), "threads change a streamed bit");
+      ++cases;
+    }
+  check_blocks();
   std::printf("%d cases on %s\n", cases, kernels().name);
   return 0;
 }

@@ -164,6 +164,19 @@ def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_tensors_beyond_the_cache(layout: str) -> None:
+    """Where outputs are streamed past the caches and the next channel is read ahead: the same values."""
+    x, grad, residual = (arranged(torch.randn(9, 48, 125, 121), layout) for _ in range(3))  # 26 MB each
+    weight, bias = torch.randn(48), torch.randn(48)
+    form = (1e-5, "relu", 0.0, 0)
+    out, *moments = ops.forward(x, weight, bias, residual, None, *form)
+    same(out, fused.forward(x, weight, bias, residual, None, *form)[0], torch.float32)
+    arguments = (grad, x, *moments, weight, bias, residual, None, *form, [True] * 4)
+    for got, want in zip(ops.backward(*arguments), fused.backward(*arguments), strict=True):
+        same(got, want, torch.float32, 30.0 if got.dim() == 1 else 4.0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("spread", [1e-20, 1.0, 1e12])
 def test_gradient_sums_of_any_magnitude(magnitude: float, spread: float, layout: str) -> None:
