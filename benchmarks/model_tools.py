@@ -1,6 +1,6 @@
 """Writes docs/model-tools-results.md: what convert, fuse and fold bring on networks that other people wrote.
 
-    python -m benchmarks.model_tools [--only NAME,NAME] [--seconds 6] [--out FILE] [--resume]
+    python -m benchmarks.model_tools [--only NAME,NAME] [--seconds 4] [--out FILE] [--resume]
 
 First the answers: in float64, converted = original and fused = eager over three training steps (outputs, gradients,
 parameters, buffers), folded = original and reverted = plain torch in eval; a network that fails is not timed. Then the
@@ -161,7 +161,7 @@ def kept(path: Path, facts: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the model tools bring on other people's networks.")
     parser.add_argument("--only", default="", help="beginnings of the networks' names, comma-separated; else all")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each comparison, at least five rounds")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison, at least five rounds")
     parser.add_argument("--out", type=Path, default=Path("docs/model-tools-results.md"))
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds")
     options = parser.parse_args()

@@ -84,8 +84,8 @@ NETWORKS = {
     "ResNet-50": Network(of("ResNet"), 8, 96),
     "RegNet": Network(of("RegNet"), 8, 96),
     "EfficientNet-B0": Network(of("EfficientNet", **_EFFICIENTNET_B0), 8, 96),
-    # Its last layers normalize a handful of nearly equal vectors: an input off by 1e-15 moves torch's own second
-    # step by 2e-3, the first by 2e-11.
+    # Its last layers normalize a handful of nearly equal vectors: one rounding of the input moves torch's own second
+    # step by far more than the limit.
     "LeViT-128S": Network(of("Levit", drop_path_rate=0), 4, 224, checked=224, steps=1),
 }
 

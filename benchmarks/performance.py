@@ -1,4 +1,4 @@
-"""The study behind docs/performance.md: `python benchmarks/performance.py` (a quarter of an hour on two idle cores).
+"""The study behind docs/performance.md: `python benchmarks/performance.py` (some seven minutes on two idle cores).
 
 ResNet-50's and MobileNetV2's batch normalizations, forward and backward, against torch eager and a copy of the tensor:
 medians of interleaved runs in one process, values checked against float64 first. Once with the default malloc, once
@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", choices=("measure", "peak"), help=argparse.SUPPRESS)
     parser.add_argument("--contender", default="ours", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=1.5, help="measuring time a row")
+    parser.add_argument("--seconds", type=float, default=0.9, help="measuring time a row")
     options = parser.parse_args()
     if options.child == "peak":
         print(json.dumps(peak_memory(options.contender)))

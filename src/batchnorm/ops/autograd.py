@@ -98,8 +98,8 @@ class BatchStatistics(_Function):
 class TrainingCall(_Function):
     """`BatchStatistics` that moves the buffers (running_mean, running_var, num_batches_tracked) and returns the output.
 
-    In a tuple the buffers are no inputs to autograd: nothing looks at them again, and a small tensor's call is cheaper
-    by a third. For eager calls only: a compiler must see what is written to.
+    In a tuple the buffers are no inputs to autograd, which has less to look at: a small tensor's call is all overhead.
+    For eager calls only: a compiler must see what is written to.
     """
 
     @staticmethod
