@@ -42,13 +42,14 @@ void Coefficients::set_affine(std::int64_t item, std::int64_t slice, std::int64_
 
 void Coefficients::set_through(std::int64_t item, std::int64_t slice, std::int64_t channel, double count) {
   double *slope = values(item) + Coef::slope * width_, *offset = values(item) + Coef::offset * width_;
+  const double *scale = values(item) + Coef::scale * width_;
   const double *residue = residue_.data() + item * width_, *invstd = invstd_.data() + item * width_;
   bool wide = wide_[static_cast<std::size_t>(item)] != 0;
   const std::int64_t sums = slice * p_.c + channel;
   const double share = 1 / (count < 1 ? 1 : count);
   for (std::int64_t k = 0; k < channels(channel); ++k) {
-    slope[k] = p_.sum_dy_xmu[sums + k] * share * invstd[k] * invstd[k];
-    offset[k] = p_.sum_dy[sums + k] * share - residue[k] * slope[k];
+    slope[k] = -p_.sum_dy_xmu[sums + k] * share * invstd[k] * invstd[k] * scale[k];
+    offset[k] = -p_.sum_dy[sums + k] * share * scale[k] - residue[k] * slope[k];
     wide |= std::fabs(slope[k]) > kLargest || std::fabs(offset[k]) > kLargestCenter;
     wide |= slope[k] != 0 && std::fabs(slope[k]) < kLeastSlope && invstd[k] < 1;
   }
@@ -66,6 +67,8 @@ void Coefficients::encode(std::int64_t item, int begin, int end) {
   float* f = narrow_.data() + item * kCoefs * width_;
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();  // without the payload that γ or β may carry
   for (std::int64_t k = begin * width_; k < end * width_; ++k) f[k] = v[k] == v[k] ? static_cast<float>(v[k]) : nan;
+  const auto arrange = kernels().leaf[static_cast<int>(p_.dtype)].arrange;
+  for (int row = begin; arrange && p_.channels_last && row < end; ++row) arrange(f + row * width_, width_);
 }
 
 const Leaf& Coefficients::use(std::int64_t item, Slab& slab) const {

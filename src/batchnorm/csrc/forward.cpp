@@ -17,13 +17,9 @@ class Forward : public JobBase {
     double few[3 * kMostChannels];
     std::vector<double> many(static_cast<std::size_t>(p_.channels_last ? 3 * width_ : 0));
     double* shift = p_.channels_last ? many.data() : few;
-    const std::int64_t channels = this->channels(item), size = static_cast<std::int64_t>(size_of(p_.dtype));
-    const char* first = static_cast<const char*>(s.x) + parts_.first(slice(item), chunk) * size;
-    const std::int64_t step = p_.channels_last ? 1 : s.channel_stride;
-    if (step == 1) leaf.widen(first, channels, shift);
-    else for (std::int64_t k = 0; k < channels; ++k) leaf.widen(first + k * step * size, 1, shift + k);
-    for (std::int64_t k = 0; k < channels; ++k)
-      if (shift[k] - shift[k] != 0) shift[k] = 0;  // an infinite shift would leave NaN of every value
+    const std::int64_t channels = this->channels(item);
+    if (size_of(p_.dtype) == 2) return unshifted(leaf, s, channels, count, shift, partial);
+    first_values(leaf, s, parts_.first(slice(item), chunk), channels, shift);
     shifted(leaf, s, channels, count, shift, partial);
     if (p_.dtype != Dtype::f64) return;
     // float64 has no wider type to hide rounding in: once more, about the mean just found
@@ -61,6 +57,30 @@ class Forward : public JobBase {
     if (p.act == Act::none && !p.residual) return plain;
     if (p.act == Act::relu) return p.residual ? relu_residual : relu;
     return any;
+  }
+
+  // The chunk's first value of each channel, which is finite where it can be.
+  void first_values(const Leaf& leaf, const Slab& s, std::int64_t at, std::int64_t channels, double* shift) const {
+    const std::int64_t size = static_cast<std::int64_t>(size_of(p_.dtype)), step = p_.channels_last ? 1 : s.channel_stride;
+    const char* first = static_cast<const char*>(s.x) + at * size;
+    if (step == 1) leaf.widen(first, channels, shift);
+    else for (std::int64_t k = 0; k < channels; ++k) leaf.widen(first + k * step * size, 1, shift + k);
+    for (std::int64_t k = 0; k < channels; ++k)
+      if (shift[k] - shift[k] != 0) shift[k] = 0;  // an infinite shift would leave NaN of every value
+  }
+
+  // Σx and Σx² as they are: what cancels in Σx² - (Σx)²/n is exact, so long as the quotient's rounding is taken in.
+  void unshifted(const Leaf& leaf, const Slab& s, std::int64_t channels, double count, double* room, double* partial) const {
+    double *sum = room + width_, *square = sum + width_;
+    for (std::int64_t k = 0; k < 3 * width_; ++k) room[k] = 0;
+    (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, room, sum, square);
+    const double n = count > 0 ? count : 1;
+    for (std::int64_t k = 0; k < channels; ++k) {
+      const double mean = sum[k] / n, rounding = std::fma(-mean, n, sum[k]) / n;
+      const double rest = std::fma(-sum[k], mean, square[k]) - sum[k] * rounding;
+      partial[k] = mean;
+      partial[width_ + k] = rest < 0 ? 0 : rest;  // NaN stays
+    }
   }
 
   // shift has room for the sums, each `width_` behind the last

@@ -18,7 +18,7 @@ constexpr int kVariants = 5;
 
 // Order of the per-channel coefficients, `width` values each, in the type that the loop computes in.
 //   z  = (x - center) * scale + shift          center + what shift absorbs is the mean, kept beyond float32
-//   dx = (dz - ((x - center) * slope + offset)) * scale
+//   dx = dz * scale + ((x - center) * slope + offset)
 enum Coef : int { center, scale, shift, slope, offset };
 constexpr int kCoefs = 5;
 
@@ -49,12 +49,15 @@ struct Leaf {
   // n values as float64, and back, rounded once
   void (*widen)(const void* x, std::int64_t n, double* out);
   void (*narrow)(const double* x, std::int64_t n, void* out);
-  // for each channel Σ(x - shift) and Σ(x - shift)² over the real positions, in float64, added to sum and square
+  // the order in which a grid takes its float32 coefficients, from the channels' order; null = as they come
+  void (*arrange)(float* coefs, std::int64_t n) = nullptr;
+  // for each channel Σ(x - shift) and Σ(x - shift)² over the real positions, in float64; sum and square come as zeros.
+  // 16-bit data are taken without a shift.
   void (*moments_line)(const Slab&, const double* shift, double* sum, double* square);
   void (*moments_grid)(const Slab&, const double* shift, double* sum, double* square);
   void (*apply_line[kVariants])(const Slab&);
   void (*apply_grid[kVariants])(const Slab&);
-  // for each channel Σ dz and Σ dz·(x - center), added; false where products may have been subnormal
+  // for each channel Σ dz and Σ dz·(x - center), to zeros; false where products may have been subnormal
   bool (*reduce_line[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
   bool (*reduce_grid[kVariants])(const Slab&, double* sum_dz, double* sum_dz_x);
   void (*elemt_line[kVariants])(const Slab&);

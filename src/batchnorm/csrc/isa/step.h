@@ -1,4 +1,4 @@
-// One vector's worth of each operation: load, compute, store or add up. The loops around them are in loops.h.
+// One step's worth of each operation: load, compute, store or add up. The loops around them are in loops.h.
 #pragma once
 
 namespace bn {
@@ -7,17 +7,32 @@ namespace BN_ISA {
 template <class A> struct Coefs {
   V<A> center, scale, shift, slope, offset;
 };
-template <class A> BN_INLINE Coefs<A> coefs_line(const Slab& s, std::int64_t channel) {
+// A line's: the same for each vector of a step.
+template <class A> struct LineCoefs {
+  Coefs<A> all;
+  BN_INLINE const Coefs<A>& of(int) const { return all; }
+};
+template <class A> BN_INLINE LineCoefs<A> coefs_line(const Slab& s, std::int64_t channel) {
   const A* c = static_cast<const A*>(s.coef) + channel;
-  return {spread(c[Coef::center * s.coef_width]), spread(c[Coef::scale * s.coef_width]),
-          spread(c[Coef::shift * s.coef_width]), spread(c[Coef::slope * s.coef_width]),
-          spread(c[Coef::offset * s.coef_width])};
+  return {{spread(c[Coef::center * s.coef_width]), spread(c[Coef::scale * s.coef_width]),
+           spread(c[Coef::shift * s.coef_width]), spread(c[Coef::slope * s.coef_width]),
+           spread(c[Coef::offset * s.coef_width])}};
 }
-template <class A, class Lanes> BN_INLINE Coefs<A> coefs_grid(const Slab& s, std::int64_t at, Lanes mem) {
-  const A* c = static_cast<const A*>(s.coef) + at;
+// A grid's: a step's columns from `at` on.
+template <class A, int units> struct GridCoefs {
+  Coefs<A> each[units];
+  BN_INLINE const Coefs<A>& of(int index) const { return each[index]; }
+};
+template <class A, class Lanes> BN_INLINE GridCoefs<A, Lanes::units> coefs_grid(const Slab& s, std::int64_t at, Lanes mem) {
+  const auto way = mem.one();  // a Pair's stand as two whole vectors: in_pairs
   const std::int64_t width = s.coef_width;
-  return {mem.template load<A, A>(c), mem.template load<A, A>(c + width), mem.template load<A, A>(c + 2 * width),
-          mem.template load<A, A>(c + 3 * width), mem.template load<A, A>(c + 4 * width)};
+  GridCoefs<A, Lanes::units> found;
+  unrolled<Lanes::units>([&](auto k) BN_ALWAYS {
+    const A* c = static_cast<const A*>(s.coef) + at + k * lanes<A>();
+    found.each[k] = {way.template load<A, A>(c), way.template load<A, A>(c + width), way.template load<A, A>(c + 2 * width),
+                     way.template load<A, A>(c + 3 * width), way.template load<A, A>(c + 4 * width)};
+  });
+  return found;
 }
 
 template <class T, class A, Variant kind> struct Step {
@@ -55,11 +70,16 @@ template <class T, class A, Variant kind> struct Step {
     return z;
   }
 
-  template <class Lanes> static BN_INLINE void apply(const Slab& s, const Coefs<A>& c, std::int64_t i, Lanes mem) {
-    X z = affine(s, c, mem.template load<T, A>(at(s.x, i)) - c.center, i, mem);
-    if (kind == relu || kind == relu_residual) z = rectified(z);
-    if (kind == any || kind == any_masked) z = activate<A>(s.act, z, static_cast<A>(s.negative_slope));
-    mem.template store<T, A>(at(s.out, i), z, s.stream);
+  template <class C, class Lanes> static BN_INLINE void apply(const Slab& s, const C& coefs, std::int64_t i, Lanes mem) {
+    X out[Lanes::units];
+    mem.each([&](auto way) BN_ALWAYS {
+      const Coefs<A>& c = coefs.of(way.index);
+      X z = affine(s, c, way.template load<T, A>(at(s.x, i)) - c.center, i, way);
+      if (kind == relu || kind == relu_residual) z = rectified(z);
+      if (kind == any || kind == any_masked) z = activate<A>(s.act, z, static_cast<A>(s.negative_slope));
+      out[way.index] = z;
+    });
+    mem.template store<T, A>(at(s.out, i), out, s.stream);
   }
 
   template <class Lanes>
@@ -75,36 +95,42 @@ template <class T, class A, Variant kind> struct Step {
   // Padding that holds NaN or Inf gives nothing and receives nothing: chosen, never multiplied.
   static BN_INLINE M<A> sound(M<A> real, X centered) { return real | (centered - centered == 0); }
 
-  template <class Lanes>
-  static BN_INLINE void reduce(const Slab& s, const Coefs<A>& c, M<A> real, std::int64_t i, Lanes mem, X* part) {
-    X centered = mem.template load<T, A>(at(s.x, i)) - c.center;
-    X dz = mem.template keep<A>(grad_affine(s, c, centered, i, mem), X{});
-    centered = mem.template keep<A>(centered, X{});
-    if (kind == any_masked) {
-      const M<A> use = sound(real, centered);
-      dz = use ? dz : X{};
-      centered = use ? centered : X{};
-    }
-    part[0] += dz;
-    part[1] += dz * centered;
+  // part[vector of the step] holds the two sums
+  template <class C, class Lanes>
+  static BN_INLINE void reduce(const Slab& s, const C& coefs, M<A> real, std::int64_t i, Lanes mem, X (*part)[2]) {
+    mem.each([&](auto way) BN_ALWAYS {
+      const Coefs<A>& c = coefs.of(way.index);
+      X centered = way.template load<T, A>(at(s.x, i)) - c.center;
+      X dz = way.template keep<A>(grad_affine(s, c, centered, i, way), X{});
+      centered = way.template keep<A>(centered, X{});
+      if (kind == any_masked) {
+        const M<A> use = sound(real, centered);
+        dz = use ? dz : X{};
+        centered = use ? centered : X{};
+      }
+      part[way.index][0] += dz;
+      part[way.index][1] += dz * centered;
+    });
   }
 
-  template <class Lanes>
-  static BN_INLINE void elemt(const Slab& s, const Coefs<A>& c, M<A> real, std::int64_t i, Lanes mem) {
-    const X centered = mem.template load<T, A>(at(s.x, i)) - c.center;
-    X dz = grad_affine(s, c, centered, i, mem);
-    X through = centered * c.slope + c.offset;  // what reaches x through mean and var
-    if (kind == any_masked) {
-      dz = sound(real, centered) ? dz : X{};
-      through = real ? through : X{};
-    }
-    if (kind != any && kind != any_masked) {
-      mem.template store<T, A>(at(s.out, i), (dz - through) * c.scale, s.stream);
-      if (kind == relu_residual) mem.template store<T, A>(at(s.grad_residual, i), dz, s.stream);
-      return;
-    }
-    if (s.out) mem.template store<T, A>(at(s.out, i), (dz - through) * c.scale, s.stream);
-    if (s.grad_residual) mem.template store<T, A>(at(s.grad_residual, i), dz, s.stream);
+  template <class C, class Lanes>
+  static BN_INLINE void elemt(const Slab& s, const C& coefs, M<A> real, std::int64_t i, Lanes mem) {
+    X dx[Lanes::units], dr[Lanes::units];
+    mem.each([&](auto way) BN_ALWAYS {
+      const Coefs<A>& c = coefs.of(way.index);
+      const X centered = way.template load<T, A>(at(s.x, i)) - c.center;
+      X dz = grad_affine(s, c, centered, i, way);
+      X through = centered * c.slope + c.offset;  // what reaches x through mean and var
+      if (kind == any_masked) {
+        dz = sound(real, centered) ? dz : X{};
+        through = real ? through : X{};
+      }
+      dx[way.index] = dz * c.scale + through;
+      dr[way.index] = dz;
+    });
+    const bool some = kind == any || kind == any_masked;  // of the two may be missing
+    if (!some || s.out) mem.template store<T, A>(at(s.out, i), dx, s.stream);
+    if (kind == relu_residual || (some && s.grad_residual)) mem.template store<T, A>(at(s.grad_residual, i), dr, s.stream);
   }
 };
 

@@ -1,13 +1,13 @@
 // Sums over many values. A gradient's: short blocks in float32, a few strands side by side, the strands added in pairs,
-// the blocks in float64. No more than kBlock values a lane follow each other within a block; float64 for each value
-// would cost four conversions a vector (docs/kernels.md).
+// the blocks in float64, which for each value would cost four conversions a vector (docs/kernels.md).
 #pragma once
 
 namespace bn {
 namespace BN_ISA {
 
-constexpr int kBlock = 16;                          // vectors
 constexpr int kStrands = kBytes == 64 ? 4 : 2;      // as many as the registers hold: the additions' latency is the bound
+constexpr int kFollowing = 16;                      // values of a lane that are added one after the other
+constexpr int kBlock = kFollowing * kStrands;       // vectors
 
 // A block sum that is not zero but so small that products in it may have been subnormal.
 BN_INLINE VI doubtful(VF sum) {
@@ -44,6 +44,9 @@ template <class A, int sums> struct Block {
   }
 };
 
+// Runs of one channel before the next one's, where a slab has several.
+constexpr std::int64_t kGroup = 8;
+
 // How far ahead to read: along a long run and, near its end, on into the run that comes next, `turn` away; of short
 // runs at the same place of the next.
 constexpr std::int64_t kAheadBytes = 2048;
@@ -57,44 +60,48 @@ template <class T> BN_INLINE Ahead ahead_line(const Slab& s) {
   return {far, s.length - far, s.turn - s.length + far};
 }
 
-// Calls step(i, how far ahead, strand, lanes) for one run of `length` values, each strand in its turn.
-template <class A, class B, class F>
+// Calls step(i, how far ahead, strands, lanes) for one run of `length` values, each strand in its turn.
+template <class A, class Way, class B, class F>
 BN_INLINE void over_strands(std::int64_t length, const Ahead& ahead, B& block, const F& step) {
-  constexpr int w = lanes<A>();
+  constexpr int w = lanes<A>(), units = Way::units;
   std::int64_t i = 0;
   for (; i + kStrands * w <= length; i += kStrands * w) {
     const std::int64_t far = i < ahead.change ? ahead.far : ahead.behind;
-    unrolled<kStrands>([&](auto k) BN_ALWAYS { step(i + k * w, far, block.part[k], Whole{}); });
+    unrolled<kStrands / units>([&](auto k) BN_ALWAYS { step(i + k * units * w, far, block.part + k * units, Way{}); });
     block.stepped(kStrands);
   }
-  unrolled<kStrands - 1>([&](auto k) BN_ALWAYS {
-    if (i + w <= length) {
-      step(i, ahead.behind, block.part[k], Whole{});
-      i += w;
+  unrolled<kStrands / units - 1>([&](auto k) BN_ALWAYS {
+    if (i + units * w <= length) {
+      step(i, ahead.behind, block.part + k * units, Way{});
+      i += units * w;
     }
   });
-  if (i < length) step(i, ahead.behind, block.part[kStrands - 1], Part{static_cast<int>(length - i)});
+  if (i < length) step(i, ahead.behind, block.part + (kStrands - units), Rest<Way>{static_cast<int>(length - i)});
   block.stepped(kStrands);
 }
 
-// Calls run(start, mask index, channel, block) for each run of a slab of lines, a channel's runs a few at a time, and at
-// the end done(channel, totals). False where a block's sum was doubtful.
+// Calls group(first run, end, channel): a channel's runs, a few short ones at a time before the next channel's, so that
+// memory is still read in stretches.
+template <class F> BN_INLINE void over_groups(const Slab& s, const F& group) {
+  const std::int64_t few = s.channels > 1 ? kGroup : s.runs;
+  for (std::int64_t r = 0; r < s.runs; r += few)
+    for (std::int64_t k = 0; k < s.channels; ++k) group(r, r + few < s.runs ? r + few : s.runs, k);
+}
+
+// Calls run(start, mask index, channel, block) for each run of a slab of lines and at the end done(channel, totals).
+// False where a block's sum was doubtful.
 template <class A, int sums, class F, class G> BN_INLINE bool over_lines(const Slab& s, const F& run, const G& done) {
-  // short runs: about a block's worth of samples before the next channel, so that memory is still read in stretches
-  const std::int64_t group = s.channels > 1 ? 4 : s.runs;
   Doubles totals[kMostChannels][sums];
   for (std::int64_t k = 0; k < s.channels; ++k)
     for (int j = 0; j < sums; ++j) totals[k][j] = Doubles{};
   M<A> doubt = {};
-  for (std::int64_t r = 0; r < s.runs; r += group)
-    for (std::int64_t k = 0; k < s.channels; ++k) {
-      Block<A, sums> block;
-      const std::int64_t end = r + group < s.runs ? r + group : s.runs;
-      for (std::int64_t i = r; i < end; ++i) run(i * s.stride + k * s.channel_stride, i * s.mask_stride, k, block);
-      block.flush();
-      unrolled<sums>([&](auto j) BN_ALWAYS { add(totals[k][j], block.total[j]); });
-      doubt |= block.doubt;
-    }
+  over_groups(s, [&](std::int64_t r, std::int64_t end, std::int64_t k) BN_ALWAYS {
+    Block<A, sums> block;
+    for (; r < end; ++r) run(r * s.stride + k * s.channel_stride, r * s.mask_stride, k, block);
+    block.flush();
+    unrolled<sums>([&](auto j) BN_ALWAYS { add(totals[k][j], block.total[j]); });
+    doubt |= block.doubt;
+  });
   for (std::int64_t k = 0; k < s.channels; ++k) done(k, totals[k]);
   return !some<A>(doubt);
 }
@@ -103,7 +110,7 @@ template <class A, int sums, class F, class G> BN_INLINE bool over_lines(const S
 constexpr int kColumns = kBytes == 64 ? 4 : 2;
 
 // Rows of a grid whose sums stay in registers.
-constexpr std::int64_t kTileRows = kBlock;
+constexpr std::int64_t kTileRows = kFollowing;
 
 // What is read ahead of a tile, in the order of memory: two tiles, into the second-level cache, since wide tiles would
 // drive each other out of the first.
@@ -113,19 +120,21 @@ template <class T> BN_INLINE std::int64_t ahead_tile(const Slab& s) {
   return tiles > least ? tiles : least;
 }
 
-// Calls column(c, r0, r1, columns, lanes, ahead) for every column of every tile; `ahead` is where in the slab to read ahead from.
-template <class T, class A, class F> BN_INLINE void over_tiles(const Slab& s, const F& column) {
-  constexpr int w = lanes<A>();
+// Calls column(c, r0, r1, steps, lanes, ahead) for every few columns of every tile: `steps` of them side by side; `ahead`
+// is where in the slab to read ahead from.
+template <class T, class A, class Way, class F> BN_INLINE void over_tiles(const Slab& s, const F& column) {
+  constexpr int w = lanes<A>(), units = Way::units;
   const std::int64_t far = ahead_tile<T>(s);
   for (std::int64_t r = 0; r < s.runs; r += kTileRows) {
     const std::int64_t end = r + kTileRows < s.runs ? r + kTileRows : s.runs, rows = end - r;
     std::int64_t c = 0;
+    const auto next = [&]() BN_ALWAYS { return r * s.stride + far + c * rows; };
     for (; c + kColumns * w <= s.length; c += kColumns * w)
-      column(c, r, end, std::integral_constant<int, kColumns>{}, Whole{}, r * s.stride + far + c * rows);
-    for (; c + w <= s.length; c += w)
-      column(c, r, end, std::integral_constant<int, 1>{}, Whole{}, r * s.stride + far + c * rows);
-    if (c < s.length)
-      column(c, r, end, std::integral_constant<int, 1>{}, Part{static_cast<int>(s.length - c)}, r * s.stride + far + c * rows);
+      column(c, r, end, std::integral_constant<int, kColumns / units>{}, Way{}, next());
+    constexpr std::integral_constant<int, 1> one{};
+    if constexpr (kColumns > units) for (; c + units * w <= s.length; c += units * w) column(c, r, end, one, Way{}, next());
+    if constexpr (units > 1) for (; c + w <= s.length; c += w) column(c, r, end, one, Whole{}, next());
+    if (c < s.length) column(c, r, end, one, Part{static_cast<int>(s.length - c)}, next());
   }
 }
 
@@ -144,7 +153,7 @@ template <class A, class Lanes> BN_INLINE Doubles load_doubles_part(const double
   return load_doubles<A>(each);
 }
 
-// to[0..] += the first lanes
+// to[0..] += the first lanes; of a Pair its two vectors behind each other (in_pairs)
 template <class A, class Lanes> BN_INLINE void add_to(double* to, Doubles values, Lanes mem) {
   constexpr int w = lanes<A>();
   add(values, load_doubles_part<A>(to, mem));

@@ -23,6 +23,7 @@ template <class T, class A> void fill_moments(Leaf& leaf) {
 
 template <class T, class A> Leaf fast() {
   Leaf leaf;
+  if (Unit<T, A>::units > 1) leaf.arrange = [](float* coefs, std::int64_t n) { in_pairs<lanes<float>()>(coefs, n, false); };
   fill_moments<T, A>(leaf);
   fill<T, A, plain>(leaf, plain);
   fill<T, A, relu>(leaf, relu);

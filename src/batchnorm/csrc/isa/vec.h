@@ -79,32 +79,35 @@ inline std::uint16_t f16_bits(float value) {
 // bfloat16 is the upper half of a float32, rounded to nearest even. Compilers convert in halves, which costs four
 // instructions for one. A NaN stays one without a look at it: only a payload of ones in the lower half could carry into
 // the sign, and none comes from bfloat16 data and arithmetic on them (Coefficients::encode keeps it out of γ and β).
+// The rounded value in the upper half of each word, what is left over in the lower.
+BN_INLINE VU rounded_bf16(VF v) {
+  const VU u = bits<VU>(v);
+#if BN_VECTOR_BYTES == 64
+  // the last bit kept and 0x7fff as the halves of a word, and their sum: one operation less
+  const __m512i halves = _mm512_ternarylogic_epi32(bits<__m512i>(u), _mm512_set1_epi32(0x10000), _mm512_set1_epi32(0x7fff), 0xea);
+  return u + bits<VU>(_mm512_madd_epi16(halves, _mm512_set1_epi16(1)));
+#else
+  return u + 0x7fffu + ((u >> 16) & 1u);
+#endif
+}
 #if BN_VECTOR_BYTES == 64
 BN_INLINE VF widen(HalfU16 h, bf16) {
   return bits<VF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(h)), 16));
 }
 BN_INLINE HalfU16 narrow(VF v, bf16) {
-  const __m512i u = bits<__m512i>(v), high = _mm512_srli_epi32(u, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
-  return bits<HalfU16>(_mm512_cvtepi32_epi16(up));
+  return bits<HalfU16>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits<__m512i>(rounded_bf16(v)), 16)));
 }
 #elif BN_VECTOR_BYTES == 32
 BN_INLINE VF widen(HalfU16 h, bf16) {
   return bits<VF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(h)), 16));
 }
 BN_INLINE HalfU16 narrow(VF v, bf16) {
-  const VU u = bits<VU>(v);
-  const __m256i word = bits<__m256i>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  const __m256i word = bits<__m256i>(rounded_bf16(v) >> 16);
   return bits<HalfU16>(_mm_packus_epi32(_mm256_castsi256_si128(word), _mm256_extracti128_si256(word, 1)));
 }
 #else
 BN_INLINE VF widen(HalfU16 h, bf16) { return bits<VF>(__builtin_convertvector(h, VU) << 16); }
-
-BN_INLINE HalfU16 narrow(VF v, bf16) {
-  const VU u = bits<VU>(v);
-  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, HalfU16);
-}
+BN_INLINE HalfU16 narrow(VF v, bf16) { return __builtin_convertvector(rounded_bf16(v) >> 16, HalfU16); }
 #endif
 
 #if BN_VECTOR_BYTES == 64
@@ -226,6 +229,32 @@ template <class T, class A> BN_INLINE void store_part(T* p, V<A> v, int n) {
   std::memcpy(p, whole, static_cast<std::size_t>(n) * sizeof(T));
 }
 
+// Neighbours of bfloat16 in a word of float32's size, first n of them; see Pair.
+BN_INLINE const float* words(const bf16* p) { return reinterpret_cast<const float*>(p); }
+BN_INLINE float* words(bf16* p) { return reinterpret_cast<float*>(p); }
+template <int half> BN_INLINE VF half_of(VF both) {
+  return bits<VF>(half ? bits<VU>(both) & 0xffff0000u : bits<VU>(both) << 16);
+}
+BN_INLINE VF both_halves(const VF* v) {
+  return bits<VF>(rounded_bf16(v[0]) >> 16 | (rounded_bf16(v[1]) & 0xffff0000u));
+}
+BN_INLINE VF load_halves(const bf16* p, int n) {
+#if BN_VECTOR_BYTES == 64
+  return bits<VF>(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1u, p));
+#else
+  VF both = {};
+  std::memcpy(&both, p, static_cast<std::size_t>(n) * sizeof *p);
+  return both;
+#endif
+}
+BN_INLINE void store_halves(bf16* p, VF both, int n) {
+#if BN_VECTOR_BYTES == 64
+  _mm512_mask_storeu_epi16(p, (__mmask32{1} << n) - 1u, bits<__m512i>(both));
+#else
+  std::memcpy(p, &both, static_cast<std::size_t>(n) * sizeof *p);
+#endif
+}
+
 // Writes around the caches (no read for ownership) where the processor can; p is aligned to the bytes written.
 template <class T, class A> BN_INLINE void store_stream(T* p, V<A> v) {
 #if defined(__x86_64__)
@@ -328,12 +357,30 @@ BN_INLINE VD low_doubles(VF v) { return VD{v[0], v[1]}; }
 BN_INLINE VD high_doubles(VF v) { return VD{v[2], v[3]}; }
 #endif
 
+typedef float HalfF __attribute__((vector_size(kBytes / 2)));
+typedef std::uint32_t HalfU32 __attribute__((vector_size(kBytes / 2)));
+#if BN_VECTOR_BYTES == 64
+BN_INLINE VD wide(HalfF v) { return bits<VD>(_mm512_cvtps_pd(bits<__m256>(v))); }
+#elif BN_VECTOR_BYTES == 32
+BN_INLINE VD wide(HalfF v) { return bits<VD>(_mm256_cvtps_pd(bits<__m128>(v))); }
+#else
+BN_INLINE VD wide(HalfF v) { return VD{v[0], v[1]}; }
+#endif
+
 // A vector of A as float64: two vectors for float, one for double (b then stays zero and costs nothing).
 struct Doubles {
   VD a, b;
 };
 BN_INLINE Doubles doubles(VF v) { return {low_doubles(v), high_doubles(v)}; }
 BN_INLINE Doubles doubles(VD v) { return {v, VD{}}; }
+// A vector's worth of values as they lie in memory. bfloat16 as those at even places and those at odd ones, of half as
+// long a vector of words, which widens without being taken apart first.
+template <class A, class T> BN_INLINE Doubles doubles_at(const T* p) { return doubles(Memory<T, A>::load(p)); }
+template <> BN_INLINE Doubles doubles_at<float, bf16>(const bf16* p) {
+  HalfU32 words;
+  std::memcpy(&words, p, sizeof words);
+  return {wide(bits<HalfF>(words << 16)), wide(bits<HalfF>(words & 0xffff0000u))};
+}
 template <class A> BN_INLINE Doubles load_doubles(const double* p) {
   return {convert(p), sizeof(A) == 4 ? convert(p + lanes<double>()) : VD{}};
 }
