@@ -49,6 +49,9 @@ template <class T, class A, Variant kind> struct Step {
     ahead(at(s.x, i), far);
     if (backward) ahead(at(s.grad, i), far);
     if (reads_residual(s)) ahead(at(s.residual, i), far);
+    if (s.stream) return;
+    if (s.out) ahead_to_write(at(s.out, i), far);
+    if (backward && (kind == relu_residual || s.grad_residual)) ahead_to_write(at(s.grad_residual, i), far);
   }
   // `s.next` values from here stands what the next item's first pass will want.
   static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {

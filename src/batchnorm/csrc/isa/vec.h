@@ -296,6 +296,10 @@ template <class T> BN_INLINE const void* beyond(const T* p, std::int64_t values)
   return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(values) * sizeof(T));
 }
 template <class T> BN_INLINE void ahead(const T* p, std::int64_t values) { __builtin_prefetch(beyond(p, values)); }
+// The same for what will be written, whose line is fetched all the same.
+template <class T> BN_INLINE void ahead_to_write(T* p, std::int64_t values) {
+  __builtin_prefetch(beyond(static_cast<const T*>(p), values), 1);
+}
 // The same into the second-level cache, for what the next pass will read.
 template <class T> BN_INLINE void far_ahead(const T* p, std::int64_t values) { __builtin_prefetch(beyond(p, values), 0, 2); }
 
