@@ -43,9 +43,7 @@ def doctor(
 ) -> None:
     """Names what is wrong with batch normalization in a model, with evidence and the line that mends it."""
     if explain is not None:
-        from batchnorm.doctor.pages import page
-
-        print(page(explain), end="")
+        _explain(explain)
         return
     if target is None:
         raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
@@ -67,6 +65,12 @@ def doctor(
     diagnosis = diagnose(model, given, **options)
     _show(diagnosis, as_json, as_sarif)
     raise typer.Exit(diagnosis.exit_code)
+
+
+def _explain(code: str) -> None:
+    from batchnorm.doctor.pages import page
+
+    print(page(code), end="")
 
 
 def _load(model: Any, state: Path | None) -> None:

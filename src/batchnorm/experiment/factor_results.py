@@ -72,14 +72,7 @@ def results(
         samples: the size of the training part, which no batch exceeds.
         costs: gives the seconds that one update of each run takes.
     """
-    chosen = choose_level_rates(factors, plan, runs)
-    own = {arm: (settings[arm]["best_lr"], settings[arm]["fastest_lr"]) for arm in plan.arms}
-    rates = {
-        (level, arm): pair
-        for level in factors.levels
-        for arm, pair in chosen.get(level, own).items()
-        if (level, arm) not in factors.impossible
-    }
+    rates = _rates(plan, factors, runs, settings)
     # The rate does not change what an update costs, but one whose loss is not finite would not be taken.
     timed = {(level, arm): level.run(arm, "measure", plan.measure_seeds[0], min(level.lrs)) for level, arm in rates}
     seconds = costs(list(timed.values()))
@@ -97,6 +90,20 @@ def results(
         },
         "cells": entries,
         "claims": _claims(plan, factors, cells, target),
+    }
+
+
+def _rates(
+    plan: Plan, factors: Factors, runs: pd.DataFrame, settings: Mapping[str, Mapping[str, float]]
+) -> dict[tuple[Level, str], tuple[float, float]]:
+    """Returns the best and the fastest rate of every arm at every level at which it can train."""
+    chosen = choose_level_rates(factors, plan, runs)
+    own = {arm: (settings[arm]["best_lr"], settings[arm]["fastest_lr"]) for arm in plan.arms}
+    return {
+        (level, arm): pair
+        for level in factors.levels
+        for arm, pair in chosen.get(level, own).items()
+        if (level, arm) not in factors.impossible
     }
 
 

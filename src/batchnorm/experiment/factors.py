@@ -176,13 +176,10 @@ def design(
     samples = data.size("train")
 
     def level(factor: str, name: str, size: int, optimizer: str) -> Level:
-        lrs = plan.lrs if own_lrs or optimizer == plan.optimizer else rate_grid(model, optimizer, quick)
-        if not own_lrs:
-            lrs = _for_smaller(lrs, optimizer, size / min(plan.batch_size, samples))
+        grid = plan.lrs if own_lrs or optimizer == plan.optimizer else rate_grid(model, optimizer, quick)
+        lrs = grid if own_lrs else _for_smaller(grid, optimizer, size / min(plan.batch_size, samples))
         decay = ADAMW_DECAY if optimizer == "adamw" and optimizer != plan.optimizer else 0.0
-        same_samples = round(plan.steps * min(plan.batch_size, samples) / min(size, samples))
-        steps = min(max(plan.steps, same_samples), MOST_UPDATES * plan.steps)
-        return Level(factor, name, size, optimizer, decay, lrs, steps)
+        return Level(factor, name, size, optimizer, decay, lrs, _updates(plan, size, samples))
 
     sizes = tuple(
         level("batch_size", f"full ({size})" if size == samples else str(size), size, plan.optimizer)
@@ -191,13 +188,25 @@ def design(
     names = tuple(
         level("optimizer", name, plan.batch_size, name) for name in (optimizers if len(optimizers) > 1 else ())
     )
-    impossible = {
+    return Factors(sizes, names, _impossible(sizes, plan, architecture, data))
+
+
+def _updates(plan: Plan, size: int, samples: int) -> int:
+    """The updates of a run at a batch size: see MOST_UPDATES."""
+    same_samples = round(plan.steps * min(plan.batch_size, samples) / min(size, samples))
+    return min(max(plan.steps, same_samples), MOST_UPDATES * plan.steps)
+
+
+def _impossible(
+    sizes: tuple[Level, ...], plan: Plan, architecture: Architecture, data: Dataset
+) -> dict[tuple[Level, str], str]:
+    """Why an arm cannot train at a batch size, for each that cannot. At the study's own every arm was tried before."""
+    return {
         (size, arm): why
         for size in sizes
         for arm in plan.arms
         if size.batch_size != plan.batch_size and (why := _why_impossible(architecture, size, arm, plan, data))
     }
-    return Factors(sizes, names, impossible)
 
 
 def _for_smaller(lrs: tuple[float, ...], optimizer: str, share: float) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
 from collections.abc import Iterable
@@ -11,18 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
 from batchnorm.experiment.claims import Claim, compute_claims
-from batchnorm.experiment.costs import update_seconds
 from batchnorm.experiment.data import Dataset, load
 from batchnorm.experiment.engine import Execute, Row, check_engine, open_engine
-from batchnorm.experiment.factor_results import results
 from batchnorm.experiment.factors import (
     Factors,
     choose_level_rates,
-    design,
-    fit_batch_sizes,
     most_runs,
     own_level,
     parse_batch_sizes,
@@ -31,14 +24,13 @@ from batchnorm.experiment.factors import (
     runs_to_measure,
 )
 from batchnorm.experiment.logs import RunLogs
-from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
-from batchnorm.experiment.probe import layer_table
+from batchnorm.experiment.prepare import Prepared, prepare
 from batchnorm.experiment.progress import ProgressView
-from batchnorm.experiment.provenance import model_digest, versions
 from batchnorm.experiment.record import COLUMNS, Record
 from batchnorm.experiment.report import write_report
 from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
+from batchnorm.experiment.summary import Outcome, command_line, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,72 +109,42 @@ def study(
     check_engine(engine, workers, address)
     record = Record(Path(out))
     logs = RunLogs(log, record)
-    dataset = load(data, BASE_SEED, progress)
-    fitted, plan = fit_batch_sizes(sizes, plan, dataset.size("train"))
-    architecture = Architecture(model, dataset.shape, dataset.classes, plan.batch_size)
-    layers = _check_arms(plan, architecture, dataset)
-    factors = design(
-        plan, fitted, names or (), model, quick=quick, own_lrs=lrs is not None, architecture=architecture,
-        data=dataset,
+    own_lrs = lrs is not None
+    prepared = prepare(plan, load(data, BASE_SEED, progress), model, sizes, names, quick=quick, own_lrs=own_lrs)
+    runner = open_engine(engine, prepared.data, prepared.architecture, record.folder, workers, address)
+    done = record.begin(prepared.options(), resume)
+    rows, outcome = _run_and_judge(prepared, runner, record, done, logs, progress)
+    command = command_line(
+        prepared.plan, prepared.factors, data=data, model=model, out=str(out), quick=quick, own_lrs=own_lrs,
+        own_size=sizes is not None,
     )  # fmt: skip
-    options = {
-        "data": dataset.name,
-        "data_digest": dataset.fingerprint(),
-        "model": model,
-        "model_digest": model_digest(model),
-        **plan.to_json(),
-        **factors.to_json(),
-    }
-    runner = open_engine(engine, dataset, architecture, record.folder, workers, address)
-    rows, added = _run_missing(plan, factors, dataset, runner, record, record.begin(options, resume), logs, progress)
-    rows, chosen, target = _evaluate_rows(plan, dataset, record, rows)
-    claims = compute_claims(
-        _table(rows), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
-        target=target, chance=dataset.chance("validation"),
-    )  # fmt: skip
-    rows += with_steps(target, added, record)
-    logs.complete(rows)
-    table = _table(rows)
-    summary = {
-        "schema": 1,
-        **versions(),
-        "command": _command(
-            plan,
-            factors,
-            data=data,
-            model=model,
-            out=str(out),
-            quick=quick,
-            own_lrs=lrs is not None,
-            own_size=batch_size is not None,
-        ),
-        "data": dataset.describe(),
-        "model": model,
-        **_design(plan, chosen, target),
-        "layers": layers,
-        "runs": len(rows),
-        "seconds": round(time.monotonic() - started, 1),
-        "claims": {name: claim.to_json() for name, claim in claims.items()},
-    }
-    if factors.levels:
-        summary["factors"] = results(
-            plan, factors, table, chosen, target, dataset.size("train"),
-            lambda timed: update_seconds(timed, architecture, dataset),
-        )  # fmt: skip
+    summary = summarise(prepared, outcome, command, time.monotonic() - started)
     with record.writing():
         record.rewrite(rows)
         record.write_summary(summary)
-        write_report(record.report, summary, table, record.read_trace)
-    return StudyResult(claims, table, summary, record.report, record.runs_csv, record.summary_json)
+        write_report(record.report, summary, outcome.runs, record.read_trace)
+    return StudyResult(outcome.claims, outcome.runs, summary, record.report, record.runs_csv, record.summary_json)
 
 
-def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
-    """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
-    example = data.example
-    batch = min(plan.batch_size, data.size("train"))
-    with torch.random.fork_rng(devices=[]):
-        built = {arm: architecture.check(arm, plan.measure_seeds[0], example) for arm in plan.arms}
-    return {arm: layer_table(model, example, batch) for arm, model in built.items()}
+def _run_and_judge(
+    study: Prepared,
+    engine: AbstractContextManager[Execute],
+    record: Record,
+    done: list[Row],
+    logs: RunLogs,
+    progress: TextIO | None,
+) -> tuple[list[Row], Outcome]:
+    """Returns the rows of all runs, in the plan's order, training those not `done`, and what they come to."""
+    plan, data = study.plan, study.data
+    own, added = _run_missing(plan, study.factors, data, engine, record, done, logs, progress)
+    own, chosen, target = _evaluate_rows(plan, data, record, own)
+    claims = compute_claims(
+        _table(own), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
+        target=target, chance=data.chance("validation"),
+    )  # fmt: skip
+    rows = own + with_steps(target, added, record)
+    logs.complete(rows)
+    return rows, Outcome(_table(rows), chosen, target, claims)
 
 
 def _run_missing(
@@ -284,39 +246,3 @@ def _table(rows: list[Row]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     numbers = ["steps_to_target", "train_loss", "drift"]
     return table.astype({**dict.fromkeys(numbers, "float64"), "diverged": "bool"})
-
-
-def _design(plan: Plan, chosen: dict[str, dict[str, float]], target: float | None) -> dict[str, Any]:
-    return {
-        "arms": list(plan.arms),
-        "baseline": plan.arms[0],
-        "compared": plan.arms[-1],
-        "target_accuracy": target,
-        "settings": chosen,
-        "grids": {
-            "lr": list(plan.lrs),
-            "weight_decay": list(plan.weight_decays),
-            "dropout": list(plan.dropouts),
-        },
-        "seeds": {"choose": list(plan.choose_seeds), "measure": list(plan.measure_seeds)},
-        "split_seed": BASE_SEED,
-        "steps": plan.steps,
-        "batch_size": plan.batch_size,
-        "optimizer": plan.optimizer,
-    }
-
-
-def _command(
-    plan: Plan, factors: Factors, *, data: str, model: str, out: str, quick: bool, own_lrs: bool, own_size: bool
-) -> str:
-    """Returns a command line that makes this study again, whichever way it was called."""
-    words = ["batchnorm", "study", "--data", data, "--model", model, "--arms", ",".join(plan.arms), "--out", out]
-    words += ["--quick"] if quick else []
-    words += ["--lrs", ",".join(f"{lr:g}" for lr in plan.lrs)] if own_lrs else []
-    words += ["--seeds", str(len(plan.measure_seeds)), "--steps", str(plan.steps)]
-    sizes = [level.name.partition(" ")[0] for level in factors.batch_sizes] or [str(plan.batch_size)]
-    # The default may exceed small data, and is cut to them; a size that is given may not.
-    words += ["--batch-size", ",".join(sizes)] if own_size else []
-    names = [level.optimizer for level in factors.optimizers] or [plan.optimizer]
-    words += ["--optimizer", ",".join(names)]
-    return shlex.join(words)

@@ -105,9 +105,20 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
     unknown = [name for name in keywords if name not in _KEYWORDS]
     if unknown:
         raise UserError(f"convert: unknown keyword {unknown[0]}; it takes {', '.join(_KEYWORDS)}")
+    BatchNorm2d(1, **keywords)  # checks the values before anything changes
+    plan, left = _plan_convert(model, keywords)
+    done = replace_all(model, plan)
+    _convert_lazy(done.root, keywords)
+    _absorb_activations(done.root)
+    if left:
+        warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
+    return done.root
+
+
+def _plan_convert(model: nn.Module, keywords: dict[str, Any]) -> tuple[dict[nn.Module, nn.Module], list[str]]:
+    """What each batch normalization becomes, lazy ones aside, and the names of those that are left alone."""
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
-    BatchNorm2d(1, **keywords)  # checks the values before anything changes
     for name, module in model.named_modules():
         kind = thawed_class(type(module))
         if kind in _OURS:
@@ -119,16 +130,15 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
             new.configure(**keywords)
         elif (is_norm(module) and kind not in _LAZY and kind not in _TORCHS) or holds_statistics(module):
             left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
-    done = replace_all(model, plan)
-    for module in done.root.modules():
+    return plan, left
+
+
+def _convert_lazy(root: nn.Module, keywords: dict[str, Any]) -> None:
+    for module in root.modules():
         if type(module) in (*_LAZY, *_LAZY.values()):  # in place: the hooks that give it its size are bound to it
             lazy: Any = module
             lazy.__class__ = _LAZY.get(type(module), type(module))
             lazy.configure(**keywords)
-    _absorb_activations(done.root)
-    if left:
-        warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
-    return done.root
 
 
 def _as_ours(module: nn.Module, keywords: dict[str, Any]) -> nn.Module:

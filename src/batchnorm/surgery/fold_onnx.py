@@ -41,12 +41,7 @@ def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None
             cannot be written; nothing is then written.
     """
     onnx, runtime = _import("onnx"), _import("onnxruntime")
-    try:
-        model = onnx.load(str(source))
-    except FileNotFoundError:
-        raise UserError(f"fold_onnx: {source} does not exist; give the path of an ONNX file") from None
-    except Exception as error:  # protobuf, and the file system have their own
-        raise UserError(f"fold_onnx: {source} is no ONNX model: {quote_error(error)}; export it again") from error
+    model = _load(onnx, source)
     inputs = _inputs(onnx, model, example_inputs)
     reference = _run(runtime, model, inputs, source)
     report = _OnnxFolder(onnx, model).run()
@@ -56,6 +51,20 @@ def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None
             f"fold_onnx: the folded {source} differs by {report.difference:.1e} of the largest output; it stays as it "
             "is, please report this model"
         )
+    _save(onnx, model, target)
+    return report
+
+
+def _load(onnx: Any, source: str | Path) -> Any:
+    try:
+        return onnx.load(str(source))
+    except FileNotFoundError:
+        raise UserError(f"fold_onnx: {source} does not exist; give the path of an ONNX file") from None
+    except Exception as error:  # protobuf, and the file system have their own
+        raise UserError(f"fold_onnx: {source} is no ONNX model: {quote_error(error)}; export it again") from error
+
+
+def _save(onnx: Any, model: Any, target: str | Path) -> None:
     try:
         onnx.save(model, str(target))
     except Exception as error:  # the file system's, and protobuf's beyond 2 GB
@@ -63,7 +72,6 @@ def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None
             f"fold_onnx: {target} cannot be written: {quote_error(error)}; give the path of a file in a folder that "
             "exists"
         ) from error
-    return report
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,72 @@
+"""What a study fixes before its first run: the data, the network, and which runs there are to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from batchnorm.experiment.data import Dataset
+from batchnorm.experiment.factors import Factors, design, fit_batch_sizes
+from batchnorm.experiment.networks import Architecture
+from batchnorm.experiment.plan import Plan
+from batchnorm.experiment.probe import layer_table
+from batchnorm.experiment.provenance import model_digest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study that could begin: its runs, what they train on what, and the layer table of each arm."""
+
+    plan: Plan
+    factors: Factors
+    data: Dataset
+    model: str
+    architecture: Architecture
+    layers: dict[str, list[dict[str, Any]]]
+
+    def options(self) -> dict[str, Any]:
+        """Returns all that decides what the runs are and what comes out of them, as JSON types."""
+        return {
+            "data": self.data.name,
+            "data_digest": self.data.fingerprint(),
+            "model": self.model,
+            "model_digest": model_digest(self.model),
+            **self.plan.to_json(),
+            **self.factors.to_json(),
+        }
+
+
+def prepare(
+    plan: Plan,
+    data: Dataset,
+    model: str,
+    batch_sizes: Sequence[int] | None,
+    optimizers: Sequence[str] | None,
+    *,
+    quick: bool,
+    own_lrs: bool,
+) -> Prepared:
+    """Returns the study of a plan on these data, once every arm could be built and fits them.
+
+    Raises:
+        UserError: a batch size that the data have not, or a network that cannot be built or does not fit the data.
+    """
+    fitted, plan = fit_batch_sizes(batch_sizes, plan, data.size("train"))
+    architecture = Architecture(model, data.shape, data.classes, plan.batch_size)
+    layers = _check_arms(plan, architecture, data)
+    factors = design(
+        plan, fitted, optimizers or (), model, quick=quick, own_lrs=own_lrs, architecture=architecture, data=data
+    )
+    return Prepared(plan, factors, data, model, architecture, layers)
+
+
+def _check_arms(plan: Plan, architecture: Architecture, data: Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Returns the layer table of each arm after making sure that every arm can be built and fits the data."""
+    example = data.example
+    batch = min(plan.batch_size, data.size("train"))
+    with torch.random.fork_rng(devices=[]):
+        built = {arm: architecture.check(arm, plan.measure_seeds[0], example) for arm in plan.arms}
+    return {arm: layer_table(model, example, batch) for arm, model in built.items()}
