@@ -10,7 +10,22 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-class ProgressView:
+class _View:
+    """A stream to show progress on, or none, and the bar that a terminal gets."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class ProgressView(_View):
     """Counts runs and shows the best accuracy so far. With `stream` None it is silent.
 
     A terminal gets rich's bar with runs done and time left; anything else (a pipe, a log) a plain line
@@ -18,9 +33,9 @@ class ProgressView:
     """
 
     def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
-        self._total, self._done, self._best, self._stream = total, done, 0.0, stream
-        self._started, self._first, self._samples = time.monotonic(), done, 0
-        self._bar: Progress | None = None
+        super().__init__(stream)
+        self._total, self._done, self._best = total, done, 0.0
+        self._first, self._samples = done, 0
 
     def __enter__(self) -> ProgressView:
         if self._stream is not None and self._stream.isatty():
@@ -31,12 +46,6 @@ class ProgressView:
             already = f", {self._done} of them done already" if self._done else ""
             self._say(f"{self._total} training runs{already}")
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def expect(self, total: int) -> None:
         """Sets the number of runs, once it is known better than at the start."""
@@ -64,14 +73,12 @@ class ProgressView:
             print(line, file=self._stream, flush=True)
 
 
-class ReadingView:
+class ReadingView(_View):
     """Counts the samples of a pass over streamed data, a hundredth at a time; shows as `ProgressView` does."""
 
     def __init__(self, name: str, total: int, stream: TextIO | None) -> None:
-        self._name, self._total, self._done, self._stream = name, total, 0, stream
-        self._started = time.monotonic()
-        self._shown = 0
-        self._bar: Progress | None = None
+        super().__init__(stream)
+        self._name, self._total, self._done, self._shown = name, total, 0, 0
 
     def __enter__(self) -> ReadingView:
         if self._stream is not None and self._stream.isatty():
@@ -79,12 +86,6 @@ class ReadingView:
             self._task = self._bar.add_task("reading", total=100, best="")
             self._bar.start()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def advance(self, samples: int) -> None:
         """Takes note of samples that were read."""
