@@ -50,6 +50,8 @@ def check(model: nn.Module, x: Tensor, stayed: dict[str, str] | None = None) -> 
     other = torch.randn(3, *x.shape[1:], dtype=x.dtype)
     torch.testing.assert_close(folded(other), model(other), rtol=1e-10, atol=1e-10)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # What hung on the old parameters could be neither copied nor trained.
+    assert all(tensor.is_leaf for tensor in (*folded.parameters(), *folded.buffers()))
     kept = [name for name, module in folded.named_modules() if isinstance(module, _BatchNorm)]
     assert kept == [entry.norm for entry in report.stayed if not entry.norm.startswith("F.")]
     return folded
@@ -327,6 +329,22 @@ def test_a_fold_that_breaks_the_tolerance_is_taken_back():
     folded, report = fold(model, x)
     assert [entry.norm for entry in report.stayed] == ["norm_a"]
     assert "more than the tolerance" in report.stayed[0].reason
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_fold_beside_one_that_pads_is_taken_back():
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+            self.a, self.norm_a = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm_a(self.a(self.conv(self.norm(x)).relu())) * (1 if self.a.bias is None else 2)
+
+    model, x = trained(Fragile()), torch.randn(2, 3, 4, 4).double()
+    folded, report = fold(model, x)
+    assert [entry.norm for entry in report.stayed] == ["norm_a"]
     torch.testing.assert_close(folded(x), model(x))
 
 

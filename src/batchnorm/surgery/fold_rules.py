@@ -19,12 +19,12 @@ __all__ = ["PaddedWith", "fold_after", "fold_before", "is_transposed", "scale_an
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """(s, t) of a batch normalization in eval."""
+    """(s, t) of a batch normalization in eval, as numbers: the normalization goes, and its parameters with it."""
     s = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
-        s = s * norm.weight.double()
+        s = s * norm.weight.detach().double()
     t = -norm.running_mean.double() * s
-    return s, t if norm.bias is None else t + norm.bias.double()
+    return s, t if norm.bias is None else t + norm.bias.detach().double()
 
 
 def is_transposed(layer: nn.Module) -> bool:
