@@ -103,7 +103,7 @@ def row(name: str, network: Network, seconds: float) -> str:
     cells = [name, f"{network.batch}×{network.size}²", share]
     cells.append(f"{speed(evaluated, 'folded')} · {speed(evaluated, 'fused')}")
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        model = model.to(memory_format=layout)
         times = training(model, x.to(memory_format=layout), seconds)
         cells.append(f"{speed(times, 'converted')} · {speed(times, 'fused')} ({speed(times, 'ceiling')})")
     cells.append(" · ".join(f"{found[kind]:.0e}" for kind in CHECKED))

@@ -49,7 +49,7 @@ def accuracy(build: object, size: int, seed: int) -> float:
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)[order]
     y = torch.tensor(digits.target)[order]
-    net: nn.Module = build(size)  # type: ignore[operator]  # a factory
+    net: nn.Module = build(size)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for _ in range(STEPS):
         index = torch.randint(TRAIN, (BATCH,))

@@ -66,7 +66,6 @@ def test_symbolic_trace():
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace():
     model, x = net().eval(), torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
@@ -118,7 +117,10 @@ def test_forward_mode(activation):
 
 def test_vmap_and_jacrev():
     x = torch.randn(4, 6, 3, dtype=torch.float64)
-    f = lambda x: batch_norm(x, None, None, training=True)  # noqa: E731 (a transform's argument)
+
+    def f(x):
+        return batch_norm(x, None, None, training=True)
+
     torch.testing.assert_close(vmap(f)(x), torch.stack([f(one) for one in x]))
     assert jacrev(f)(x[0]).shape == (6, 3, 6, 3)
     layer = batchnorm.BatchNorm1d(3).double().eval()

@@ -97,7 +97,7 @@ BAD_NPZ: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", BAD_NPZ)
 def test_bad_npz(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     arrays, says = BAD_NPZ[case]
-    np.savez("bad.npz", **arrays)  # type: ignore[arg-type]  # arrays of every kind on purpose
+    np.savez("bad.npz", **arrays)
     line = refused(capsys, "study", "--data", "bad.npz")
     assert says in line
     assert "bad.npz" in line

@@ -27,7 +27,6 @@ def _cases(corpus, every: int) -> list:
     return cases
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize(("code", "call"), _cases(faults(), _EVERY_FAULT))
 def test_a_fault_is_found(code: str, call: Callable):
     found = [finding for finding in diagnose(**call()).findings if finding.code == code]

@@ -20,7 +20,6 @@ def program(model, **options):
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, batchnorm.BatchNorm2d])
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch, in run_decompositions
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_program_in_training_mode(kind, decomposed):
     exported = program(net(kind).train())
@@ -31,7 +30,6 @@ def test_a_program_in_training_mode(kind, decomposed):
     assert "BN202" in diagnosis.not_examined
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch, in run_decompositions
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_program_in_evaluation(decomposed):
     exported = program(net().eval())
@@ -40,7 +38,6 @@ def test_a_program_in_evaluation(decomposed):
     assert [(f.code, f.severity) for f in diagnose(exported).findings] == [("BN402", "info")]
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch, in run_decompositions
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_an_instance_normalization_is_none(decomposed):
     exported = program(net(nn.InstanceNorm2d).eval())

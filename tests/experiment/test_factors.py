@@ -35,7 +35,7 @@ SIX = {"convergence", "learning_rate", "weight_decay", "dropout", "generalizatio
 def factor_study(data: Path, out: Path, **changes: object) -> StudyResult:
     options = {"arms": "none,group,batch", "quick": True, "lrs": "0.1,1", "steps": STEPS, "workers": 1}
     factors = {"batch_size": "full,20,8,1", "optimizer": "momentum,adamw"}
-    return study(str(data), out=out, **{**options, **factors, **changes})  # type: ignore[arg-type]  # mixed types
+    return study(str(data), out=out, **{**options, **factors, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_command_in_the_summary_makes_the_study_again(result: StudyResult) -
 @pytest.mark.parametrize("given", [[FULL], ["full", 0], [], [2.5], 60.0, True])
 def test_bad_levels_are_refused_in_python_too(given: object) -> None:
     with pytest.raises(UserError, match="--batch-size"):
-        study("digits", batch_size=given)  # type: ignore[arg-type]  # wrong on purpose
+        study("digits", batch_size=given)  # wrong on purpose
 
 
 def _level(name: str, size: int, steps: int) -> Level:

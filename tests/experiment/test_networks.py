@@ -28,7 +28,7 @@ def architecture(model: str, data: Dataset) -> Architecture:
 
 def run(arm: str, **changes: object) -> Run:
     options = {"seed": 1, "lr": 1.0, "weight_decay": 0.0, "dropout": 0.0, "steps": 20, **changes}
-    return Run(arm, "measure", batch_size=60, optimizer="sgd", **options)  # type: ignore[arg-type]  # mixed values
+    return Run(arm, "measure", batch_size=60, optimizer="sgd", **options)
 
 
 def layers(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
@@ -100,7 +100,7 @@ def test_the_probe_sees_what_the_last_hidden_activation_is_fed(digits: Dataset) 
     probe = Probe(model, x)
     assert probe.layer == "6"
     with torch.no_grad(), as_trained(model):
-        fed = model[:6](x[:256])  # type: ignore[index]  # a Sequential, typed as Module
+        fed = model[:6](x[:256])
     wanted = torch.quantile(fed[:, 0].double(), torch.tensor([0.15, 0.5, 0.85], dtype=torch.float64))
     assert probe.percentiles(model)[0] == pytest.approx(wanted.tolist(), rel=1e-4)
 

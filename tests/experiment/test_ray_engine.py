@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -46,7 +47,7 @@ def deadly(arm, seed):
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The options of a small study of a user's network, in whose folder the test stands."""
     (tmp_path / "ray_nets.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
@@ -57,7 +58,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[object]:
+def cluster() -> Iterator[Any]:
     """Two nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
@@ -77,8 +78,8 @@ def same_files(one: Path, other: Path) -> None:
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
 
 
-def local(small: dict[str, object]) -> Path:
-    study(**small, out="local", workers=1)  # type: ignore[arg-type]  # options of mixed types
+def local(small: dict[str, Any]) -> Path:
+    study(**small, out="local", workers=1)
     return Path("local")
 
 
@@ -100,8 +101,8 @@ def rows(out: Path) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_ray_gives_the_files_of_the_local_engine(small: dict[str, object]) -> None:
-    study(**small, out="ray", workers=1, engine="ray")  # type: ignore[arg-type]
+def test_ray_gives_the_files_of_the_local_engine(small: dict[str, Any]) -> None:
+    study(**small, out="ray", workers=1, engine="ray")
     same_files(local(small), Path("ray"))
     assert not ray.is_initialized()
     builders = {line.split()[2] for line in Path("built.txt").read_text().splitlines()}
@@ -110,7 +111,7 @@ def test_ray_gives_the_files_of_the_local_engine(small: dict[str, object]) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_and_a_node_are_lost_in_the_middle(small: dict[str, object], cluster: object) -> None:
+def test_a_worker_and_a_node_are_lost_in_the_middle(small: dict[str, Any], cluster: Any) -> None:
     small |= {"steps": 300}
     killed: list[int] = []
 
@@ -124,11 +125,11 @@ def test_a_worker_and_a_node_are_lost_in_the_middle(small: dict[str, object], cl
         before = rows(Path("ray"))
         while rows(Path("ray")) < before + 3:
             time.sleep(0.01)
-        cluster.remove_node(cluster.other, allow_graceful=False)  # type: ignore[attr-defined]
+        cluster.remove_node(cluster.other, allow_graceful=False)
 
     losing = threading.Thread(target=lose)
     losing.start()
-    study(**small, out="ray", engine="ray", address=cluster.address)  # type: ignore[arg-type, attr-defined]
+    study(**small, out="ray", engine="ray", address=cluster.address)
     losing.join(60)
     assert not losing.is_alive()
     built = [line.split() for line in Path("built.txt").read_text().splitlines()]
@@ -140,19 +141,17 @@ def test_a_worker_and_a_node_are_lost_in_the_middle(small: dict[str, object], cl
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_kills_every_worker_is_one_sentence(
-    small: dict[str, object], capfd: pytest.CaptureFixture[str]
+    small: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=r"lost a run for good .*--engine ray.*--resume"):
-        study(**{**small, "model": "ray_nets:deadly"}, out="ray", workers=1, engine="ray")  # type: ignore[arg-type]
+        study(**{**small, "model": "ray_nets:deadly"}, out="ray", workers=1, engine="ray")
     assert rows(Path("ray")) > 0, "finished runs stay"
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_network_that_fails_is_one_sentence_at_once(
-    small: dict[str, object], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_that_fails_is_one_sentence_at_once(small: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     command = ["study", "--data", "small.npz", "--model", "ray_nets:failing", "--quick", "--lrs", "0.1,1"]
     assert main([*command, "--steps", "8", "--workers", "1", "--engine", "ray", "--out", "ray"]) == 2
     out, err = capfd.readouterr()
@@ -163,7 +162,7 @@ def test_a_network_that_fails_is_one_sentence_at_once(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ctrl_c_says_how_to_go_on(small: dict[str, object]) -> None:
+def test_ctrl_c_says_how_to_go_on(small: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"]
     command += ["--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
@@ -177,7 +176,7 @@ def test_ctrl_c_says_how_to_go_on(small: dict[str, object]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_lost_driver_is_resumed(small: dict[str, object]) -> None:
+def test_a_lost_driver_is_resumed(small: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"]
     command += ["--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

@@ -269,7 +269,7 @@ def _broken_numbers() -> Study:
 
     def with_nulls(run_id: str) -> dict:
         trace = traces(run_id)
-        holes = [[[None] * 3] * 6] + trace["percentiles"]["values"][1:]
+        holes = [[[None] * 3] * 6, *trace["percentiles"]["values"][1:]]
         affine = [{"layer": "a", "weight": [None, math.nan, 1.0], "bias": None}]
         return {**trace, "percentiles": {**trace["percentiles"], "values": holes}, "affine": affine}
 

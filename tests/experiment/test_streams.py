@@ -181,8 +181,8 @@ def test_an_order_that_is_not_random_is_warned_of(tmp_path: Path, monkeypatch: p
         data = load(path)
     assert len(caught) == 1
     found = data.describe()["order"]
-    assert found["random"] is False  # type: ignore[index]  # an object by its type
-    assert found["variance_ratio"] > 10  # type: ignore[index]
+    assert found["random"] is False
+    assert found["variance_ratio"] > 10
     shown = io.StringIO()
     load(path, progress=shown)
     assert "warning: the order of a.parquet is not random" in shown.getvalue()
@@ -190,7 +190,7 @@ def test_an_order_that_is_not_random_is_warned_of(tmp_path: Path, monkeypatch: p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mixed = load(sorted_parquet(tmp_path / "b.parquet", 50))
-    assert mixed.describe()["order"]["random"] is True  # type: ignore[index]
+    assert mixed.describe()["order"]["random"] is True
 
 
 @pytest.mark.usefixtures("_all_large")

@@ -169,7 +169,7 @@ def test_a_large_compressed_npz_says_how_to_unpack_it(capsys: pytest.CaptureFixt
     assert "python -m zipfile -e a.npz a and give a/x.npy" in refused(capsys, "study", "--data", "a.npz")
     with zipfile.ZipFile("a.npz") as archive:
         archive.extractall("a")
-    assert source.Source.is_large.fget(survey_source("a/x.npy"))  # type: ignore[attr-defined]  # a property
+    assert source.Source.is_large.fget(survey_source("a/x.npy"))
 
 
 def survey_source(path: str) -> source.Source:

@@ -23,7 +23,7 @@ OPTIONS = {"quick": True, "lrs": "0.1,1", "steps": 8, "workers": 1}
 
 
 def small_study(data: Path, out: Path, **changes: object) -> StudyResult:
-    return study(str(data), out=out, **{**OPTIONS, **changes})  # type: ignore[arg-type]  # options of mixed types
+    return study(str(data), out=out, **{**OPTIONS, **changes})
 
 
 @pytest.fixture(scope="module")

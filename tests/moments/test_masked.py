@@ -55,7 +55,10 @@ def test_any_mask_is_the_truth(samples, seed, activation, slice_size):
 def test_gradcheck_with_finite_padding():
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     mask = lengths_to_mask(torch.tensor([4, 2, 3]), 4)
-    f = lambda x: batch_norm(x, None, None, training=True, mask=mask, activation="tanh")  # noqa: E731
+
+    def f(x):
+        return batch_norm(x, None, None, training=True, mask=mask, activation="tanh")
+
     assert torch.autograd.gradcheck(f, (x,))
     assert torch.autograd.gradgradcheck(f, (x,))
 

@@ -72,8 +72,11 @@ def test_the_schedule():
 def test_second_order():
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     mean, var = torch.randn(2).double(), torch.rand(2).double() + 0.5
-    # r and d are constants to the gradient, which a finite difference does not know: hold them by tight bounds
-    f = lambda x: batch_norm(x, mean.clone(), var.clone(), training=True, renorm=Renorm(1.0, 1e-9))  # noqa: E731
+
+    def f(x):
+        # r and d are constants to the gradient, which a finite difference does not know: hold them by tight bounds
+        return batch_norm(x, mean.clone(), var.clone(), training=True, renorm=Renorm(1.0, 1e-9))
+
     assert torch.autograd.gradgradcheck(f, (x,))
 
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import batchnorm  # noqa: F401  (defines the operators)
 from batchnorm.ops import ACTIVATIONS, fused, reference
 from tests.oracle import close, truth
 

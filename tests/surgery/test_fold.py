@@ -381,7 +381,6 @@ def exported_nets() -> list[tuple[nn.Module, tuple[int, ...], int]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("model", "shape", "count"), exported_nets())
 def test_exported_programs(model, shape, count):
     model, x = trained(copy.deepcopy(model)), torch.randn(shape).double()

@@ -249,7 +249,6 @@ def folded_entirely(model):
     return folded
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("change", [convert, folded_entirely])
 def test_exports_of_converted_and_folded_models_run_with_the_same_outputs(tmp_path, change):
     model, x = trained(Deployed()).float(), torch.randn(3, 3, 8, 8)

@@ -16,8 +16,6 @@ from batchnorm.surgery.fuse import fuse_graph
 
 from .zoo import ZOO, build, classify
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 # Batch normalizations that no layer's result reaches alone, by network.
 STAYS = {"swiftformer": ["norm"]}
 

@@ -154,7 +154,7 @@ def _stop_workers() -> None:
     from joblib.externals.loky import get_reusable_executor
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # as above: here they are told to
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 

@@ -88,7 +88,7 @@ def _shape_of(path: Path) -> tuple[int, ...]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # Pillow's on odd but readable files, once an image
             with Image.open(path) as image:
                 turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
                 width, height = image.size[::-1] if turned else image.size
@@ -109,7 +109,7 @@ def _open(path: Path) -> np.ndarray:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # Pillow's on odd but readable files, once an image
             with Image.open(path) as image:
                 # A camera's orientation flag, and palettes: pixels as a viewer would show them.
                 upright = ImageOps.exif_transpose(image)

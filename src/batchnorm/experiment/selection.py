@@ -7,6 +7,7 @@ they share it.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,11 @@ LEVEL = 0.95
 _CONTEST = 0.05  # share of accuracy
 _CONTEST_OCTAVES = 1.0  # of steps to the target
 
-Scores = Mapping[Hashable, Sequence[float]]
+Setting = TypeVar("Setting", bound=Hashable)
+Scores = Mapping[Setting, Sequence[float]]
 
 
-def contenders(scores: Scores, level: float = LEVEL, contest: float = _CONTEST) -> set[Hashable]:
+def contenders(scores: Scores[Setting], level: float = LEVEL, contest: float = _CONTEST) -> set[Setting]:
     """The settings that may be the best: those whose mean is within a margin of the largest mean.
 
     margin = t(1 − (1 − level)/(k − 1); k(C − 1)) · s · √(2/C) for k settings of C seeds with pooled standard
@@ -43,11 +45,11 @@ def contenders(scores: Scores, level: float = LEVEL, contest: float = _CONTEST) 
 
 
 def choose_together(
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, Scores[Setting]],
     level: float = LEVEL,
     contest: float = _CONTEST,
-    also: Mapping[str, Scores] | None = None,
-) -> dict[str, Hashable]:
+    also: Mapping[str, Scores[Setting]] | None = None,
+) -> dict[str, Setting]:
     """One setting an arm, its own best, shared wherever the choosing seeds cannot tell the arms' bests apart.
 
     A setting that contends by the scores in `also` contends as well; those in `scores` alone say which one wins.
@@ -60,9 +62,9 @@ def choose_together(
     for arm, own in (also or {}).items():
         near[arm] |= contenders(own, level, contest) if own else set()
     arms = list(scores)
-    chosen: dict[str, Hashable] = {}
+    chosen: dict[str, Setting] = {}
 
-    def take(group: list[str], among: set[Hashable]) -> None:
+    def take(group: list[str], among: set[Setting]) -> None:
         order = [setting for setting in scores[group[0]] if setting in among]
         best = max(order, key=lambda s: sum(float(np.mean(scores[arm][s])) for arm in group))
         chosen.update(dict.fromkeys(group, best))
@@ -78,7 +80,7 @@ def choose_together(
     return {arm: chosen[arm] for arm in arms}
 
 
-def _scores(runs: pd.DataFrame, arm: str, keys: list[str], column: str = "val_accuracy") -> Scores:
+def _scores(runs: pd.DataFrame, arm: str, keys: list[str], column: str = "val_accuracy") -> Scores[tuple[float, ...]]:
     rows = runs[(runs["purpose"] == "choose") & (runs["arm"] == arm)]
     return {setting: group[column].tolist() for setting, group in rows.groupby(keys, sort=True)}
 
@@ -90,7 +92,7 @@ def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
     """
     base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
     chosen = choose_together({arm: _scores(base, arm, ["lr"]) for arm in arms})
-    return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
+    return {arm: float(setting[0]) for arm, setting in chosen.items()}
 
 
 def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
@@ -110,11 +112,11 @@ def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
         {arm: _scores(rows, arm, ["lr"], "octaves") for arm in arms} for rows in (octaves, octaves[~late])
     )
     chosen = choose_together(everyone, contest=_CONTEST_OCTAVES, also=arrived)
-    return {arm: float(setting[0]) for arm, setting in chosen.items()}  # type: ignore[index]  # keys are tuples
+    return {arm: float(setting[0]) for arm, setting in chosen.items()}
 
 
 def choose_settings(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, dict[str, float]]:
     """The chosen setting of each arm among all that were tried: {"lr", "weight_decay", "dropout"}."""
     keys = ["lr", "weight_decay", "dropout"]
     chosen = choose_together({arm: _scores(runs, arm, keys) for arm in arms})
-    return {arm: dict(zip(keys, setting, strict=True)) for arm, setting in chosen.items()}  # type: ignore[call-overload]
+    return {arm: dict(zip(keys, setting, strict=True)) for arm, setting in chosen.items()}

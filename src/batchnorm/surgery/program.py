@@ -70,7 +70,7 @@ def _silence() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # see above
             yield
     finally:
         logging.disable(before)
