@@ -27,7 +27,7 @@ from batchnorm.experiment.plan import Run
 from batchnorm.experiment.record import Record
 
 # Both are read as Ray is imported: a study calls nobody, and Ray's pages about a lost worker, which it prints to this
-# process's stdout, stay in its log files.
+# process's stdout, stay in its log files (`_quiet` sees to a Ray that was imported before).
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
@@ -105,14 +105,31 @@ def _connected(model: str, workers: int | None, address: str | None) -> Iterator
         if model not in BUILT_IN:
             # Machines that do not see this one's disk get the network's own module or package.
             options["runtime_env"]["py_modules"] = [importlib.import_module(re.split("[.:]", model)[0])]
-    try:
+    with _quiet():
         try:
-            ray.init(**options)
-        except (SystemExit, Exception) as error:  # Ray leaves the process where it gives up
-            raise _unreachable(address, error) from error
-        yield workers if workers and address else _twice_the_cpus()
+            try:
+                ray.init(**options)
+            except (SystemExit, Exception) as error:  # Ray leaves the process where it gives up
+                raise _unreachable(address, error) from error
+            yield workers if workers and address else _twice_the_cpus()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Gives RAY_DEDUP_LOGS_SKIP_REGEX its effect for the block, also where Ray was imported before it was set."""
+    try:
+        from ray._private.ray_logging import stdout_deduplicator as printer
+    except ImportError:  # it is not of Ray's public face: a version that has it elsewhere prints its pages
+        yield
+        return
+    before = printer.skip_re
+    printer.skip_re = re.compile(os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"])
+    try:
+        yield
     finally:
-        ray.shutdown()
+        printer.skip_re = before
 
 
 def _twice_the_cpus() -> int:
