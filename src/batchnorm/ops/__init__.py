@@ -3,7 +3,7 @@
 # schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
 from . import extension, schemas
 from .activations import ACTIVATIONS, activate
-from .autograd import BatchStatistics, FixedStatistics, TrainingCall
+from .autograd import BatchStatistics, FixedStatistics, TrainingCall, fits, training_call
 from .triton import register
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "TrainingCall",
     "activate",
     "extension",
+    "fits",
     "register",
     "schemas",
+    "training_call",
 ]

@@ -6,12 +6,13 @@ needs (its argument z) is computed again from them, so BN with an activation sav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 
 # The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
 _forward = torch.ops.batchnorm.forward.default
@@ -38,6 +39,8 @@ def _second_order(
         mean, var, _ = reference.stats(input, mask, form[3])
     out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form)
     wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
+    if not wanted:  # a residual alone, which without an activation is not saved
+        return [None] * 4
     grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
     return [
         next(grads) if need and t is not None else None
@@ -45,29 +48,38 @@ def _second_order(
     ]
 
 
+def gradients(
+    grad_output: Tensor,
+    saved: tuple[Tensor | None, ...],
+    form: tuple[float, str, float, int],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Those of input, weight, bias and residual, where needed. `count` None means frozen statistics.
+
+    csrc/autograd comes here too where they are to be differentiated again.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _second_order(grad_output, saved, form, needs)
+        if needs[3] and grads[3] is None:
+            grads[3] = grad_output
+        return grads
+    through_activation = needs[3] and form[1] != ""
+    found = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
+    grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    if needs[3] and not through_activation:
+        grads[3] = grad_output
+    return grads
+
+
 class _Function(torch.autograd.Function):
-    """What the two functions below share: the backward. `count` None means frozen statistics."""
+    """What the three functions below share: the backward."""
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * ctx.inputs
-        saved, form = ctx.saved_tensors, ctx.form
-        needs = list(ctx.needs_input_grad[:4])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _second_order(grad_output, saved, form, needs)
-            if needs[3] and grads[3] is None:
-                grads[3] = grad_output
-            return (*grads, *(None,) * (ctx.inputs - 4))
-        through_activation = needs[3] and form[1] != ""
-        dx, dweight, dbias, dresidual = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
-        return (
-            dx if needs[0] else None,
-            dweight if needs[1] else None,
-            dbias if needs[2] else None,
-            (dresidual if through_activation else grad_output) if needs[3] else None,
-            *(None,) * (ctx.inputs - 4),
-        )
+        grads = gradients(grad_output, ctx.saved_tensors, ctx.form, list(ctx.needs_input_grad[:4]))
+        return (*grads, *(None,) * (ctx.inputs - 4))
 
 
 class BatchStatistics(_Function):
@@ -148,3 +160,10 @@ class FixedStatistics(_Function):
         ctx.form, ctx.inputs = form, 10
         ctx.set_materialize_grads(False)
         return _apply(input, mean, var, weight, bias, residual, *form)
+
+
+_compiled = extension.autograd_module(torch.__version__)
+
+# TrainingCall.apply, and whether its arguments surely pass checks.py (which decides wherever this says no)
+training_call: Callable[..., Tensor] = TrainingCall.apply if _compiled is None else _compiled.training_call
+fits: Callable[..., bool] = (lambda *_: False) if _compiled is None else _compiled.fits

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -26,6 +29,18 @@ def load() -> bool:
             LOADED = True
             return True
     return False
+
+
+def autograd_module(torch_version: str) -> ModuleType | None:
+    """The training call in C++ (csrc/autograd), if there is one that was built against this torch.
+
+    It uses torch's own ABI, which holds for one version: opened by another, it might crash rather than fail. So the
+    name says which, and no other is looked for. Nobody has to know: without it the same work is done from Python.
+    """
+    try:
+        return importlib.import_module("batchnorm._autograd_" + re.sub(r"\W", "_", torch_version))
+    except (ImportError, OSError):
+        return None
 
 
 @functools.cache

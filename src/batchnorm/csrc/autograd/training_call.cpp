@@ -1,0 +1,269 @@
+// A layer's eager training call as a C++ autograd function: ops/autograd.py's TrainingCall, without Python between the
+// operators and the engine. Both operators are called through the dispatcher, so modes, fake tensors, other devices and
+// the reference see what they see from Python.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+#include <torch/csrc/utils/python_strings.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+namespace batchnorm {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Optional = std::optional<Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// What can take a gradient, in the order of the operators' arguments and of the gradients.
+enum Input : std::size_t { kInput, kWeight, kBias, kResidual, kInputs };
+using Needs = std::array<bool, kInputs>;
+
+struct Form {
+  double eps;
+  std::string activation;
+  double negative_slope;
+  std::int64_t slice_size;
+};
+
+struct Rest {
+  Optional mask, running_mean, running_var, num_batches_tracked;
+  std::optional<double> momentum;
+  bool skip_nonfinite;
+  Form form;
+};
+
+// The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
+const auto& forward_operator() {
+  static const auto found = c10::Dispatcher::singleton()
+      .findSchemaOrThrow("batchnorm::forward_update_running_", "")
+      .typed<Four(
+          const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&,
+          const Optional&, const Optional&, std::optional<double>, bool, double, std::string_view, double,
+          std::int64_t)>();
+  return found;
+}
+
+const auto& backward_operator() {
+  static const auto found = c10::Dispatcher::singleton()
+      .findSchemaOrThrow("batchnorm::backward", "")
+      .typed<Four(
+          const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
+          const Optional&, const Optional&, double, std::string_view, double, std::int64_t, Needs)>();
+  return found;
+}
+
+Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+Tensor defined(const Optional& t) { return t.value_or(Tensor()); }
+
+}  // namespace
+
+// Not in the unnamed namespace: its name is what profilers and anomaly mode show.
+struct TrainingCall : torch::autograd::Function<TrainingCall> {
+  // The backward is nothing but operators, so compiled autograd may look through it as it does through Python's.
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+      const Rest& rest);
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs);
+};
+
+Tensor TrainingCall::forward(
+    AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+    const Rest& rest) {
+  const Form& form = rest.form;
+  auto [out, mean, var, count] = forward_operator().call(
+      input, weight, bias, residual, rest.mask, rest.running_mean, rest.running_var, rest.num_batches_tracked,
+      rest.momentum, rest.skip_nonfinite, form.eps, form.activation, form.negative_slope, form.slice_size);
+  ctx->save_for_backward(
+      {input, mean, var, count, defined(weight), defined(bias),
+       form.activation.empty() ? Tensor() : defined(residual), defined(rest.mask)});
+  ctx->saved_data["form"] = std::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
+  // the engine numbers only the inputs that are tensors
+  ctx->saved_data["given"] = std::make_tuple(true, weight.has_value(), bias.has_value(), residual.has_value());
+  ctx->set_materialize_grads(false);
+  return out;
+}
+
+namespace {
+
+Needs needed(AutogradContext* ctx) {
+  const auto is_given = ctx->saved_data["given"].toTuple();
+  Needs needs{};
+  for (std::size_t i = 0, edge = 0; i < kInputs; ++i)
+    if (is_given->elements()[i].toBool()) needs[i] = ctx->needs_input_grad(edge++);
+  return needs;
+}
+
+Form form_of(AutogradContext* ctx) {
+  const auto saved = ctx->saved_data["form"].toTuple();
+  const auto& fields = saved->elements();
+  return {fields[0].toDouble(), fields[1].toStringRef(), fields[2].toDouble(), fields[3].toInt()};
+}
+
+variable_list first_order(const Tensor& grad_output, const variable_list& saved, const Form& form, const Needs& needs) {
+  Needs wanted = needs;
+  wanted[kResidual] = needs[kResidual] && !form.activation.empty();
+  auto [dx, dweight, dbias, dresidual] = backward_operator().call(
+      grad_output, saved[0], saved[1], saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
+      given(saved[7]), form.eps, form.activation, form.negative_slope, form.slice_size, wanted);
+  variable_list grads(kInputs);
+  if (needs[kInput]) grads[kInput] = std::move(dx);
+  if (needs[kWeight]) grads[kWeight] = std::move(dweight);
+  if (needs[kBias]) grads[kBias] = std::move(dbias);
+  if (needs[kResidual]) grads[kResidual] = wanted[kResidual] ? std::move(dresidual) : grad_output;
+  return grads;
+}
+
+// Gradients that can be differentiated again: Python's, which has the reference.
+variable_list by_python(const Tensor& grad_output, const variable_list& saved, const Form& form, const Needs& needs) {
+  pybind11::gil_scoped_acquire gil;
+  pybind11::tuple tensors(saved.size());
+  for (std::size_t i = 0; i < saved.size(); ++i) tensors[i] = pybind11::cast(given(saved[i]));
+  const auto fields = pybind11::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
+  const auto gradients = pybind11::module_::import("batchnorm.ops.autograd").attr("gradients");
+  const auto found = gradients(grad_output, tensors, fields, needs).cast<std::array<Optional, kInputs>>();
+  variable_list grads(kInputs);
+  for (std::size_t i = 0; i < kInputs; ++i) grads[i] = defined(found[i]);
+  return grads;
+}
+
+}  // namespace
+
+variable_list TrainingCall::backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+  const Tensor& grad_output = grad_outputs[0];
+  variable_list grads(kInputs);
+  if (grad_output.defined()) {
+    const auto compute = at::GradMode::is_enabled() ? by_python : first_order;
+    grads = compute(grad_output, ctx->get_saved_variables(), form_of(ctx), needed(ctx));
+  }
+  grads.emplace_back();  // for `rest`
+  return grads;
+}
+
+namespace {
+
+const Tensor& tensor(PyObject* object) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a Tensor, got ", Py_TYPE(object)->tp_name);
+  return THPVariable_Unpack(object);
+}
+
+Optional optional_tensor(PyObject* object) { return object == Py_None ? std::nullopt : Optional(tensor(object)); }
+
+PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
+  TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == size, "expected a tuple of ", size);
+  return PySequence_Fast_ITEMS(tuple);
+}
+
+Form form_from(PyObject* tuple) {
+  PyObject* const* fields = items(tuple, 4);
+  return {
+      THPUtils_unpackDouble(fields[0]), THPUtils_unpackString(fields[1]), THPUtils_unpackDouble(fields[2]),
+      THPUtils_unpackLong(fields[3])};
+}
+
+// (input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum, skip_nonfinite,
+// (eps, activation, negative_slope, slice_size)) -> out
+PyObject* training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 9, "training_call takes 9 arguments, got ", count);
+  PyObject* const* buffers = items(arguments[5], 3);
+  const Tensor input = tensor(arguments[0]);
+  const Optional weight = optional_tensor(arguments[1]), bias = optional_tensor(arguments[2]),
+                 residual = optional_tensor(arguments[3]);
+  const Rest rest{
+      optional_tensor(arguments[4]), optional_tensor(buffers[0]), optional_tensor(buffers[1]),
+      optional_tensor(buffers[2]),
+      arguments[6] == Py_None ? std::nullopt : std::optional(THPUtils_unpackDouble(arguments[6])),
+      THPUtils_unpackNumberAsBool(arguments[7]), form_from(arguments[8])};
+  Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    out = TrainingCall::apply(input, weight, bias, residual, rest);
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
+// Null for all but a tensor of torch's own whose sizes are numbers.
+const Tensor* plain(PyObject* object) {
+  if (!THPVariable_Check(object)) return nullptr;
+  const Tensor& t = THPVariable_Unpack(object);
+  const bool odd = t.layout() != at::kStrided || t.key_set().has_any(c10::python_ks) ||
+      t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  return odd ? nullptr : &t;
+}
+
+bool half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+
+bool input_fits(const Tensor* input, double eps, std::int64_t slice_size) {
+  if (!input || input->dim() < 2 || !(eps > 0) || slice_size < 0) return false;
+  const auto type = input->scalar_type();
+  if (type != at::kFloat && type != at::kDouble && !half(type)) return false;
+  return (input->size(0) > 1 && slice_size != 1) || input->numel() > input->size(0) * input->size(1);
+}
+
+bool vector_fits(const Tensor& input, const Tensor* vector) {
+  if (!vector || vector->dim() != 1 || vector->size(0) != input.size(1)) return false;
+  const auto type = vector->scalar_type(), wanted = input.scalar_type();
+  return (type == wanted || (half(wanted) && type == at::kFloat)) && vector->device() == input.device();
+}
+
+bool buffer_fits(const Tensor& input, const Tensor* buffer) {
+  return vector_fits(input, buffer) && !buffer->requires_grad() && (buffer->stride(0) != 0 || buffer->size(0) < 2);
+}
+
+// (input, running_mean, running_var, weight, bias, eps, slice_size) -> whether functional.training_call's checks surely
+// pass. False decides nothing: what is rare, and every refusal with its words, is checks.py's.
+PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 7, "fits takes 7 arguments, got ", count);
+  if (!PyFloat_Check(arguments[5]) || !PyLong_Check(arguments[6])) Py_RETURN_FALSE;
+  const Tensor* input = plain(arguments[0]);
+  if (!input_fits(input, PyFloat_AS_DOUBLE(arguments[5]), THPUtils_unpackLong(arguments[6]))) Py_RETURN_FALSE;
+  for (PyObject* buffer : {arguments[1], arguments[2]})
+    if (!buffer_fits(*input, plain(buffer))) Py_RETURN_FALSE;
+  for (PyObject* vector : {arguments[3], arguments[4]})
+    if (vector != Py_None && !vector_fits(*input, plain(vector))) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// C's table holds functions of one type, whatever their calling convention
+PyCFunction erased(FastCall function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
+
+PyMethodDef methods[] = {
+    {"training_call", erased(training_call), METH_FASTCALL, nullptr},
+    {"fits", erased(fits), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "batchnorm._autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace batchnorm
+
+#define BN_JOINED(a, b) a##b
+#define BN_INIT(name) BN_JOINED(PyInit_, name)
+
+PyMODINIT_FUNC BN_INIT(TORCH_EXTENSION_NAME)() {
+  PyObject* module = PyModule_Create(&batchnorm::definition);
+#ifdef Py_GIL_DISABLED
+  // nothing here is shared but what the dispatcher guards; without this an import would bring the lock back
+  if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+  return module;
+}
