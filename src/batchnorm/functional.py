@@ -22,7 +22,8 @@ from .moments import (
     resolve,
     sourced_batch_norm,
 )
-from .ops import BatchStatistics, FixedStatistics, TrainingCall, activate, fused
+from .ops import BatchStatistics, FixedStatistics, activate, fits, fused
+from .ops import training_call as _training_call
 
 __all__ = ["Buffers", "batch_norm", "batch_norm_pure", "batch_norm_with_moments", "lengths_to_mask"]
 
@@ -30,6 +31,8 @@ _apply = torch.ops.batchnorm.apply.default
 _update_running_ = torch.ops.batchnorm.update_running_.default
 _update_running_once_ = torch.ops.batchnorm.update_running_once_.default
 _functorch_level = torch._C._functorch.maybe_current_level
+_graph_task = torch._C._current_graph_task_id
+_is_tracing = torch._C._is_tracing
 
 
 def batch_norm(
@@ -117,7 +120,7 @@ def batch_norm(
     checks.check_residual(input, residual)
     checks.check_momentum(momentum, training, running_mean, num_batches_tracked)
     simple = training and running_mean is not None and renorm is None and process_group is None
-    if simple and input.dim() > 1 and eager() and not recomputing():
+    if simple and input.dim() > 1 and direct():
         return training_call(
             input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
             nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
@@ -153,11 +156,12 @@ def training_call(
 ) -> Tensor:
     """A layer's eager training call, in one operator: what a small tensor's time goes into is all the rest."""
     running_mean, running_var, _ = buffers
-    checks.check_input(input, True, form[0], form[3] or None, synchronised=False)
-    checks.check_buffers(running_mean, running_var, True)
-    checks.check_vectors(input, running_mean, running_var, weight, bias)
+    if not fits(input, running_mean, running_var, weight, bias, form[0], form[3]):
+        checks.check_input(input, True, form[0], form[3] or None, synchronised=False)
+        checks.check_buffers(running_mean, running_var, True)
+        checks.check_vectors(input, running_mean, running_var, weight, bias)
     real = None if mask is None else flat_mask(mask, input)
-    return TrainingCall.apply(input, weight, bias, residual, real, buffers, momentum, skip_nonfinite, form)
+    return _training_call(input, weight, bias, residual, real, buffers, momentum, skip_nonfinite, form)
 
 
 def batch_norm_with_moments(
@@ -280,7 +284,7 @@ def recomputing() -> bool:
 
     Source: https://github.com/pytorch/pytorch/issues/96136.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and _graph_task() != -1
 
 
 def on_axis(
@@ -337,12 +341,12 @@ def runs_where_we_are_not() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return _functorch_level() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
-def eager() -> bool:
-    """Whether the call runs here and now, with nothing that compiles, exports, traces or transforms it."""
-    return not torch.compiler.is_compiling() and not runs_where_we_are_not()
+def direct() -> bool:
+    """Whether the call runs here and now and once: nothing compiles, exports, traces, transforms or recomputes it."""
+    return not torch.compiler.is_compiling() and not runs_where_we_are_not() and _graph_task() == -1
 
 
 def _through_torch(
