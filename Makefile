@@ -10,7 +10,7 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/batchnorm/csrc/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/batchnorm/csrc/* src/batchnorm/csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy ninja
