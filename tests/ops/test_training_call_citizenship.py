@@ -101,6 +101,15 @@ def test_a_subclass_goes_through_its_own_dispatch():
     assert torch.equal(wrapped.grad.inner, plain.grad)
 
 
+def test_many_gradients_at_once(call):
+    """`is_grads_batched` runs the backward under vmap, for which the operator has no rule but torch's loop."""
+    p = Problem("tanh")
+    out, many = p.out(call), torch.randn(4, 8, 3, 5, dtype=torch.float64)
+    found = torch.autograd.grad(out, p.input, many, is_grads_batched=True, retain_graph=True)[0]
+    want = [torch.autograd.grad(out, p.input, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(found, torch.stack(want))
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
 def test_make_fx_traces_the_operators(tracing_mode):
     layer = BatchNorm1d(3, activation="relu")
