@@ -25,6 +25,14 @@ FORWARD = torch.ops.batchnorm.forward_update_running_.default
 BACKWARD = torch.ops.batchnorm.backward.default
 
 
+@pytest.fixture
+def _compiler():
+    """torch.compile without memory of the tests before, and left so: what it saw decides which sizes it keeps open."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class Log(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -126,10 +134,10 @@ def test_make_fx_traces_the_operators(tracing_mode):
     torch.testing.assert_close(graph(y, h), f(y, h))
 
 
+@pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("activation", ["", "silu"])
 def test_compiled_autograd_over_an_eager_forward(call, activation, backend):
-    torch._dynamo.reset()
     for _ in range(2):  # the second from its cache
         p = Problem(activation)
         out = p.out(call)
@@ -139,6 +147,7 @@ def test_compiled_autograd_over_an_eager_forward(call, activation, backend):
             close(getattr(p, name).grad, want, torch.float64, 100)
 
 
+@pytest.mark.usefixtures("_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_compiles_and_exports_does_not_come_here(monkeypatch):
     def never(*_):
@@ -146,7 +155,6 @@ def test_what_compiles_and_exports_does_not_come_here(monkeypatch):
 
     x = torch.randn(8, 3)
     monkeypatch.setattr(functional, "_training_call", never)
-    torch._dynamo.reset()
     torch.compile(BatchNorm1d(3), backend="eager", fullgraph=True)(x)
     torch.export.export(BatchNorm1d(3), (x,))
     torch.func.grad(lambda x: BatchNorm1d(3)(x).sin().sum())(x)
