@@ -131,9 +131,10 @@ def test_only_the_gradients_asked_for(p, wanted):
     given_ = (p["weight"], p["bias"], p["residual"], p["mask"])
     _, mean, var, count = OPS.forward(p["input"], *given_, *form(p))
     arguments = (p["grad_output"], p["input"], mean, var, count, *given_, *form(p))
-    full, some = OPS.backward(*arguments, [True] * 4), OPS.backward(*arguments, wanted)
-    for whole, part, want in zip(full, some, wanted, strict=True):
-        assert torch.equal(part, whole) if want else part.numel() == 0
+    for backward in (OPS.backward, fused.backward):
+        full, some = backward(*arguments, [True] * 4), backward(*arguments, wanted)
+        for whole, part, want in zip(full, some, wanted, strict=True):
+            assert torch.equal(part, whole) if want else part.numel() == 0
 
 
 @given(problems())

@@ -74,6 +74,7 @@ def backward(
         if output_mask[2] and bias is not None:
             grad_bias = along_bias.to(bias.dtype)
     if output_mask[0] or output_mask[3]:
+        count = count if sum_dy is not None else None  # without the sums nothing passes through the moments
         grad_input, grad_residual = reference.backward_elemt(
             grad_output, input, mean, var, weight, bias, residual, mask, sum_dy, sum_dy_xmu, count,
             eps, activation, negative_slope, slice_size, output_mask[3],
