@@ -43,6 +43,14 @@ def test_compile_without_a_graph_break(momentum):
         assert torch.equal(p, q)
 
 
+def test_compile_with_a_dynamic_batch_and_a_mask():
+    layer = batchnorm.BatchNorm2d(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for samples in (8, 6, 9):
+        x, mask = torch.randn(samples, 3, 8, 8), torch.rand(samples, 8, 8) > 0.3
+        torch.testing.assert_close(compiled(x, mask=mask), layer(x, mask=mask))
+
+
 def test_compile_with_a_dynamic_batch():
     model = net()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -41,7 +41,7 @@ def flat_mask(mask: Tensor, input: Tensor) -> Tensor:
     if mask.dim() < input.dim():
         lacking = input.dim() - 1 - mask.dim()
         full = mask.reshape((1,) * lacking + mask.shape).unsqueeze(1)
-    if full is None or any(have not in (1, want) for have, want in zip(full.shape, wanted, strict=True)):
+    if full is None or any(have != 1 and have != want for have, want in zip(full.shape, wanted, strict=True)):
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not fit the input of shape {tuple(input.shape)}: it must be "
             f"broadcastable to {(samples, *spatial)} or {wanted}, the input's shape without its channels"
