@@ -46,7 +46,7 @@ def test_both_give_the_same_bits(activation, dtype):
     torch.manual_seed(0)
     other = Problem(activation, dtype=dtype)
     with torch.no_grad():
-        for a, b in zip(one.leaves() + [one.grad_output], other.leaves() + [other.grad_output], strict=True):
+        for a, b in zip([*one.leaves(), one.grad_output], [*other.leaves(), other.grad_output], strict=True):
             b.copy_(a)
     for p, which in ((one, TrainingCall.apply), (other, COMPILED.training_call)):
         p.out(which).backward(p.grad_output)
@@ -286,7 +286,7 @@ def test_an_exception_of_the_operator_is_the_same(broken):
         p.buffers, p.momentum = (*p.buffers[:2], None), None
     said = []
     for which in (TrainingCall.apply, COMPILED.training_call):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
             p.out(which)
         said.append((caught.type, str(caught.value)))
     assert said[0] == said[1]

@@ -49,7 +49,7 @@ constexpr std::int64_t kGroup = 8;
 
 // How far ahead to read: along a long run and, near its end, on into the run that comes next, `turn` away; of short
 // runs at the same place of the next.
-constexpr std::int64_t kAheadBytes = 2048;
+constexpr std::int64_t kAheadBytes = 4096;
 struct Ahead {
   std::int64_t far, change, behind;  // behind: instead of far, from the value `change` on
 };
