@@ -148,7 +148,10 @@ def check_values(problem: Problem, device: str) -> float:
     ours, _ = layers_of(small, device)
     exact = [t.detach().double().contiguous().requires_grad_() for t in (input, residual) if t is not None]
     want = F.batch_norm(exact[0], None, None, training=True) + (exact[1] if residual is not None else 0)
-    want = want.relu() if "relu" in small.case else want
+    if "relu" in small.case:
+        # where it is zero but for a rounding, a ReLU may pass the gradient in one precision and not in the other
+        grad_output = grad_output.masked_fill(want.detach().abs() < 4 * torch.finfo(DTYPES[small.dtype]).eps, 0)
+        want = want.relu()
     out = ours(input, residual)
     found = torch.autograd.grad(out, input, grad_output)[0]
     wanted = torch.autograd.grad(want, exact[0], grad_output.double())[0]
