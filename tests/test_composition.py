@@ -130,6 +130,7 @@ def test_every_composition_takes_every_dtype_and_evaluates_plainly(names, dtype)
     "names", [("ghost",), ("renorm",), ("activation", "ghost"), ("ghost", "renorm"), ("accumulation",)]
 )
 def test_compositions_compile_without_a_graph_break(names):
+    torch._dynamo.reset()  # of one forward only so many variants are kept: those of other tests count
     keywords = {key: value for name in names for key, value in KEYWORDS[name].items()}
     compiled_layer, eager = BatchNorm1d(3, **keywords), BatchNorm1d(3, **keywords)
     compiled = torch.compile(compiled_layer, fullgraph=True, backend="aot_eager")
