@@ -30,6 +30,32 @@ struct Part {
   int count_of(int) const { return n; }
 };
 
+// Two neighbours of bfloat16 in a float32 word, taken apart and put together; of a vector of words all or the first n values.
+BN_INLINE const float* words(const bf16* p) { return reinterpret_cast<const float*>(p); }
+BN_INLINE float* words(bf16* p) { return reinterpret_cast<float*>(p); }
+template <int half> BN_INLINE VF half_of(VF both) {
+  return bits<VF>(half ? bits<VU>(both) & 0xffff0000u : bits<VU>(both) << 16);
+}
+BN_INLINE VF both_halves(const VF* v) {
+  return bits<VF>(rounded_bf16(v[0]) >> 16 | (rounded_bf16(v[1]) & 0xffff0000u));
+}
+BN_INLINE VF load_halves(const bf16* p, int n) {
+#if BN_VECTOR_BYTES == 64
+  return bits<VF>(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1u, p));
+#else
+  VF both = {};
+  std::memcpy(&both, p, static_cast<std::size_t>(n) * sizeof *p);
+  return both;
+#endif
+}
+BN_INLINE void store_halves(bf16* p, VF both, int n) {
+#if BN_VECTOR_BYTES == 64
+  _mm512_mask_storeu_epi16(p, (__mmask32{1} << n) - 1u, bits<__m512i>(both));
+#else
+  std::memcpy(p, &both, static_cast<std::size_t>(n) * sizeof *p);
+#endif
+}
+
 // bfloat16, twice as many values as a vector holds: those at even places and those at odd ones. A float32 word of two
 // neighbours gives either by one operation, and takes both back by two, where neighbours in memory that are to be
 // neighbours in a register go through the shuffles. One line of cache a step, besides.

@@ -229,32 +229,6 @@ template <class T, class A> BN_INLINE void store_part(T* p, V<A> v, int n) {
   std::memcpy(p, whole, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// Neighbours of bfloat16 in a word of float32's size, first n of them; see Pair.
-BN_INLINE const float* words(const bf16* p) { return reinterpret_cast<const float*>(p); }
-BN_INLINE float* words(bf16* p) { return reinterpret_cast<float*>(p); }
-template <int half> BN_INLINE VF half_of(VF both) {
-  return bits<VF>(half ? bits<VU>(both) & 0xffff0000u : bits<VU>(both) << 16);
-}
-BN_INLINE VF both_halves(const VF* v) {
-  return bits<VF>(rounded_bf16(v[0]) >> 16 | (rounded_bf16(v[1]) & 0xffff0000u));
-}
-BN_INLINE VF load_halves(const bf16* p, int n) {
-#if BN_VECTOR_BYTES == 64
-  return bits<VF>(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1u, p));
-#else
-  VF both = {};
-  std::memcpy(&both, p, static_cast<std::size_t>(n) * sizeof *p);
-  return both;
-#endif
-}
-BN_INLINE void store_halves(bf16* p, VF both, int n) {
-#if BN_VECTOR_BYTES == 64
-  _mm512_mask_storeu_epi16(p, (__mmask32{1} << n) - 1u, bits<__m512i>(both));
-#else
-  std::memcpy(p, &both, static_cast<std::size_t>(n) * sizeof *p);
-#endif
-}
-
 // Writes around the caches (no read for ownership) where the processor can; p is aligned to the bytes written.
 template <class T, class A> BN_INLINE void store_stream(T* p, V<A> v) {
 #if defined(__x86_64__)
