@@ -130,7 +130,7 @@ Tensor Call::grad_vector(bool of_weight) const {
   const Problem& p = problem;
   std::vector<double> total(static_cast<std::size_t>(p.c)), invstd(of_weight ? total.size() : 0);
   for (std::int64_t r = 0; r < p.rows(); ++r) {
-    if (of_weight && (r == 0 || !p.one_row)) kernels().invstd(p.var + (p.one_row ? 0 : r * p.c), p.eps, p.c, invstd.data());
+    if (of_weight && (r == 0 || !p.one_row)) kernels().channels.invstd(p.var + (p.one_row ? 0 : r * p.c), p.eps, p.c, invstd.data());
     const double* sums = (of_weight ? p.sum_dy_xmu : p.sum_dy) + r * p.c;
     for (std::size_t k = 0; k < total.size(); ++k) total[k] += of_weight ? sums[k] * invstd[k] : sums[k];
   }

@@ -1,4 +1,6 @@
 // backward_reduce, backward_elemt, and the two fused.
+#include <algorithm>
+
 #include "merge.h"
 #include "schedule.h"
 
@@ -10,6 +12,8 @@ class Backward : public JobBase {
   explicit Backward(const Problem& p)
       : JobBase(p, p.residual ? 3 : 2, (p.out != nullptr) + (p.grad_residual != nullptr)) {}
 
+  std::int64_t partial_size() const { return 2 * width_; }
+
   void reduce(std::int64_t item, std::int64_t chunk, double* partial) const {
     Slab s = slab(item, chunk);
     if (sums(coefficients_.use(item, s), s, partial)) return;
@@ -17,7 +21,7 @@ class Backward : public JobBase {
   }
 
   void finish(std::int64_t item, double* partials) {
-    merge_sums(partials, chunks(item), width_);
+    merge_sums(partials, chunks(item), width_, channels(item));
     double *dy = row(p_.sum_dy, item), *dy_xmu = row(p_.sum_dy_xmu, item);
     const bool any = chunks(item) > 0;
     for (std::int64_t k = 0; k < channels(item); ++k) {
@@ -45,10 +49,9 @@ class Backward : public JobBase {
  private:
   // False where float32 products may have overflowed or been subnormal: float64 takes them then.
   bool sums(const Leaf& leaf, const Slab& s, double* partial) const {
-    for (std::int64_t k = 0; k < 2 * width_; ++k) partial[k] = 0;
-    bool sound = (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[reduction()](s, partial, partial + width_);
-    for (std::int64_t k = 0; k < 2 * width_; ++k) sound &= partial[k] - partial[k] == 0;
-    return sound;
+    std::fill(partial, partial + 2 * width_, 0.0);
+    const bool sound = (p_.channels_last ? leaf.reduce_grid : leaf.reduce_line)[reduction()](s, partial, partial + width_);
+    return sound && kernels().channels.finite(partial, 2 * width_);
   }
 
   Variant reduction() const {

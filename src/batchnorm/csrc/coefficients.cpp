@@ -24,7 +24,7 @@ void Coefficients::set_affine(std::int64_t item, std::int64_t slice, std::int64_
   double *center = v + Coef::center * width_, *scale = v + Coef::scale * width_, *shift = v + Coef::shift * width_;
   double* residue = residue_.data() + item * width_;
   double* invstd = invstd_.data() + item * width_;
-  kernels().invstd(p_.var + row, p_.eps, count, invstd);
+  kernels().channels.invstd(p_.var + row, p_.eps, count, invstd);
   double most = 0, least = 1, most_center = 0;  // magnitudes
   for (std::int64_t k = 0; k < count; ++k) {
     const double mean = p_.mean[row + k];

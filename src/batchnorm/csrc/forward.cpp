@@ -1,4 +1,6 @@
 // stats, apply, and the two fused.
+#include <algorithm>
+
 #include "merge.h"
 #include "schedule.h"
 
@@ -9,33 +11,31 @@ class Forward : public JobBase {
  public:
   Forward(const Problem& p, bool writes) : JobBase(p, p.residual && writes ? 2 : 1, writes), variant_(variant(p)) {}
 
-  // partial: means, then sums of squared deviations
+  std::int64_t partial_size() const { return 3 * width_; }
+
+  // partial: what merge_moments takes
   void reduce(std::int64_t item, std::int64_t chunk, double* partial) {
     const Slab s = slab(item, chunk);
-    const double count = parts_.count(slice(item), chunk);
-    const Leaf& leaf = kernels().leaf[static_cast<int>(p_.dtype)];
-    double few[3 * kMostChannels];
-    std::vector<double> many(static_cast<std::size_t>(p_.channels_last ? 3 * width_ : 0));
-    double* shift = p_.channels_last ? many.data() : few;
+    const double count = std::max(parts_.count(slice(item), chunk), 1.0);
     const std::int64_t channels = this->channels(item);
-    if (size_of(p_.dtype) == 2) return unshifted(leaf, s, channels, count, shift, partial);
-    first_values(leaf, s, parts_.first(slice(item), chunk), channels, shift);
-    shifted(leaf, s, channels, count, shift, partial);
+    double* shift = partial + 2 * width_;
+    first_values(s, parts_.first(slice(item), chunk), channels, shift);
+    moments(s, channels, count, partial);
     if (p_.dtype != Dtype::f64) return;
     // float64 has no wider type to hide rounding in: once more, about the mean just found
-    for (std::int64_t k = 0; k < channels; ++k) shift[k] = partial[k] - partial[k] == 0 ? partial[k] : shift[k];
-    shifted(leaf, s, channels, count, shift, partial);
+    for (std::int64_t k = 0; k < channels; ++k) shift[k] += partial[k] - partial[k] == 0 ? partial[k] : 0;
+    moments(s, channels, count, partial);
   }
 
   void finish(std::int64_t item, double* partials) {
     const std::int64_t at = slice(item), chunks = this->chunks(item);
     std::vector<double> counts(static_cast<std::size_t>(chunks));
     for (std::int64_t c = 0; c < chunks; ++c) counts[static_cast<std::size_t>(c)] = parts_.count(at, c);
-    merge_moments(partials, counts.data(), chunks, width_);
+    merge_moments(partials, counts.data(), chunks, width_, channels(item));
     const double n = chunks ? counts[0] : 0;
     double *mean = row(p_.mean, item), *var = row(p_.var, item);
     for (std::int64_t k = 0; k < channels(item); ++k) {
-      mean[k] = n > 0 ? partials[k] : 0;
+      mean[k] = n > 0 ? partials[2 * width_ + k] + partials[k] : 0;
       var[k] = n > 0 ? partials[width_ + k] / n : 0;
     }
     if (channel(item) == 0) p_.count[at] = n;
@@ -59,41 +59,22 @@ class Forward : public JobBase {
     return any;
   }
 
-  // The chunk's first value of each channel, which is finite where it can be.
-  void first_values(const Leaf& leaf, const Slab& s, std::int64_t at, std::int64_t channels, double* shift) const {
+  // The chunk's first value of each channel, where it is finite: an infinite shift would leave NaN of every value.
+  void first_values(const Slab& s, std::int64_t at, std::int64_t channels, double* shift) const {
+    const auto widen = kernels().leaf[static_cast<int>(p_.dtype)].widen;
     const std::int64_t size = static_cast<std::int64_t>(size_of(p_.dtype)), step = p_.channels_last ? 1 : s.channel_stride;
     const char* first = static_cast<const char*>(s.x) + at * size;
-    if (step == 1) leaf.widen(first, channels, shift);
-    else for (std::int64_t k = 0; k < channels; ++k) leaf.widen(first + k * step * size, 1, shift + k);
-    for (std::int64_t k = 0; k < channels; ++k)
-      if (shift[k] - shift[k] != 0) shift[k] = 0;  // an infinite shift would leave NaN of every value
+    if (step == 1) widen(first, channels, shift);
+    else for (std::int64_t k = 0; k < channels; ++k) widen(first + k * step * size, 1, shift + k);
+    kernels().channels.finite_or_zero(shift, channels);
   }
 
-  // Σx and Σx² as they are: what cancels in Σx² - (Σx)²/n is exact, so long as the quotient's rounding is taken in.
-  void unshifted(const Leaf& leaf, const Slab& s, std::int64_t channels, double count, double* room, double* partial) const {
-    double *sum = room + width_, *square = sum + width_;
-    for (std::int64_t k = 0; k < 3 * width_; ++k) room[k] = 0;
-    (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, room, sum, square);
-    const double n = count > 0 ? count : 1;
-    for (std::int64_t k = 0; k < channels; ++k) {
-      const double mean = sum[k] / n, rounding = std::fma(-mean, n, sum[k]) / n;
-      const double rest = std::fma(-sum[k], mean, square[k]) - sum[k] * rounding;
-      partial[k] = mean;
-      partial[width_ + k] = rest < 0 ? 0 : rest;  // NaN stays
-    }
-  }
-
-  // shift has room for the sums, each `width_` behind the last
-  void shifted(const Leaf& leaf, const Slab& s, std::int64_t channels, double count, double* shift, double* partial) const {
-    double *sum = shift + width_, *square = sum + width_;
-    for (std::int64_t k = 0; k < channels; ++k) sum[k] = square[k] = 0;
-    (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, shift, sum, square);
-    const double divisor = count > 0 ? count : 1;
-    for (std::int64_t k = 0; k < channels; ++k) {
-      const double deviation = sum[k] / divisor, rest = square[k] - sum[k] * deviation;
-      partial[k] = shift[k] + deviation;
-      partial[width_ + k] = rest < 0 ? 0 : rest;  // NaN stays
-    }
+  void moments(const Slab& s, std::int64_t channels, double count, double* partial) const {
+    double *square = partial + width_, *shift = square + width_;
+    std::fill(partial, shift, 0.0);
+    const Leaf& leaf = kernels().leaf[static_cast<int>(p_.dtype)];
+    (p_.channels_last ? leaf.moments_grid : leaf.moments_line)(s, shift, partial, square);
+    kernels().channels.settle(shift, size_of(p_.dtype) > 2, count, channels, partial, square);
   }
 
   Variant variant_;

@@ -64,10 +64,24 @@ struct Leaf {
   void (*elemt_grid[kVariants])(const Slab&);
 };
 
+// What is done once a channel, in float64, to n adjacent channels.
+struct ChannelKernels {
+  // 1/√(var + eps), correctly rounded twice: the same on every instruction set
+  void (*invstd)(const double* var, double eps, std::int64_t n, double* out);
+  void (*finite_or_zero)(double* values, std::int64_t n);
+  bool (*finite)(const double* values, std::int64_t n);
+  // Sums of d and d², of `count` values, become the mean of x - shift and Σ(x - mean)²; d is x - shift or, not shifted, x
+  void (*settle)(const double* shift, bool shifted, double count, std::int64_t n, double* sum, double* square);
+  // Of n_a values the mean of x - shift, Σ(x - mean)² and shift, `width` behind each other, put together with those of
+  // n_b others, whose shift is another one; neither number is 0
+  void (*join)(double n_a, double n_b, std::int64_t n, std::int64_t width, double* a, const double* b);
+  void (*add)(const double* more, std::int64_t n, double* sums);
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;
-  void (*invstd)(const double* var, double eps, std::int64_t n, double* out);
+  ChannelKernels channels;
   Leaf leaf[kDtypes];
   Leaf wide[kDtypes];  // float64 arithmetic on the same data, for magnitudes that float32 coefficients cannot hold
 };

@@ -1,39 +1,33 @@
 // Putting the chunks' results together, in pairs, pairs of pairs and so on: the order depends on their number alone,
-// and the error grows with its logarithm.
+// and the error grows with its logarithm. Each chunk has rows of `width` values, the first `c` of which are there.
+// Afterwards chunk 0 holds the result.
 #pragma once
 
-#include <cstdint>
+#include <algorithm>
+
+#include "leaf.h"
 
 namespace bn {
 
-// Each chunk holds `c` first values and `c` second values. Afterwards chunk 0 holds the result.
-
-// Means and sums of squared deviations, of count[chunk] values each (Chan, Golub and LeVeque 1979).
-inline void merge_moments(double* chunk, double* count, std::int64_t chunks, std::int64_t c) {
+// Three rows: deviations of the means from the shifts, sums of squared deviations from the means, shifts; of count[chunk]
+// values each (Chan, Golub and LeVeque 1979). Means that are rounded by themselves would differ by their rounding.
+inline void merge_moments(double* chunk, double* count, std::int64_t chunks, std::int64_t width, std::int64_t c) {
   for (std::int64_t step = 1; step < chunks; step *= 2)
     for (std::int64_t i = 0; i + step < chunks; i += 2 * step) {
-      const double na = count[i], nb = count[i + step], n = na + nb;
-      if (nb == 0) continue;
-      double *mean = chunk + 2 * c * i, *square = mean + c;
-      const double *mean_b = chunk + 2 * c * (i + step), *square_b = mean_b + c;
-      const double share = nb / n, weight = na * share;
-      for (std::int64_t k = 0; k < c; ++k) {
-        // equal means may be infinite, and then have no difference
-        const double delta = mean[k] == mean_b[k] ? 0.0 : mean_b[k] - mean[k];
-        mean[k] = na == 0 ? mean_b[k] : mean[k] + delta * share;
-        square[k] = na == 0 ? square_b[k] : square[k] + square_b[k] + delta * delta * weight;
-      }
-      count[i] = n;
+      double *a = chunk + 3 * width * i, *b = chunk + 3 * width * (i + step);
+      if (count[i + step] == 0) continue;
+      if (count[i] == 0) std::copy(b, b + 3 * width, a);
+      else kernels().channels.join(count[i], count[i + step], c, width, a, b);
+      count[i] += count[i + step];
     }
 }
 
-inline void merge_sums(double* chunk, std::int64_t chunks, std::int64_t c) {
+// Two rows.
+inline void merge_sums(double* chunk, std::int64_t chunks, std::int64_t width, std::int64_t c) {
   for (std::int64_t step = 1; step < chunks; step *= 2)
-    for (std::int64_t i = 0; i + step < chunks; i += 2 * step) {
-      double* a = chunk + 2 * c * i;
-      const double* b = chunk + 2 * c * (i + step);
-      for (std::int64_t k = 0; k < 2 * c; ++k) a[k] += b[k];
-    }
+    for (std::int64_t i = 0; i + step < chunks; i += 2 * step)
+      for (std::int64_t row = 0; row < 2; ++row)
+        kernels().channels.add(chunk + (2 * (i + step) + row) * width, c, chunk + (2 * i + row) * width);
 }
 
 }  // namespace bn

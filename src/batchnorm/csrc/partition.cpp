@@ -9,10 +9,22 @@ namespace {
 constexpr std::int64_t kChunk = 8192;
 // Contiguous: bytes of a sample's channels in one item, where a channel alone has fewer.
 constexpr std::int64_t kStretch = 4096;
-// Channels last: values of all channels in one chunk, and the rows that this may come to.
-constexpr std::int64_t kGridChunk = 131072, kLeastRows = 64, kMostRows = 4096;
+// Channels last: values of all channels in one chunk, the rows that this may come to, and the fewest to even out at.
+constexpr std::int64_t kGridChunk = 131072, kLeastRows = 64, kMostRows = 4096, kEvenRows = 96;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a chunk, channels last: all chunks alike, and eight at a time where they do not become too short. Seven
+// would give two threads four and three, and the last of them may be next to nothing.
+std::int64_t even_rows(std::int64_t rows, std::int64_t channels) {
+  const std::int64_t most = std::clamp(kGridChunk / std::max<std::int64_t>(channels, 1), kLeastRows, kMostRows);
+  const std::int64_t chunks = std::max<std::int64_t>(ceil_div(rows, most), 1);
+  for (std::int64_t together = 8; together > 1; together /= 2) {
+    const std::int64_t even = ceil_div(rows, ceil_div(chunks, together) * together);
+    if (even >= kEvenRows) return even;
+  }
+  return std::max<std::int64_t>(ceil_div(rows, chunks), 1);
+}
 
 }  // namespace
 
@@ -24,7 +36,7 @@ Partition::Partition(const Problem& p)
     width_ = std::min(p.c, std::clamp<std::int64_t>(kStretch / bytes, 1, kMostChannels));
   }
   if (p.channels_last) {
-    chunk_rows_ = std::clamp(kGridChunk / std::max<std::int64_t>(p.c, 1), kLeastRows, kMostRows);
+    chunk_rows_ = even_rows(per_slice_ * p.s, p.c);
   } else if (p.s > kChunk) {
     pieces_ = ceil_div(p.s, kChunk);
     length_ = ceil_div(ceil_div(p.s, pieces_), 64) * 64;  // whole cache lines

@@ -1,7 +1,7 @@
 // Who does what when: a job's items and chunks over the threads.
 #pragma once
 
-#include <vector>
+#include <memory>
 
 #include "coefficients.h"
 #include "partition.h"
@@ -38,14 +38,19 @@ inline void drain_stores() {  // streaming stores are ordered by no lock
 #endif
 }
 
+// Not zeroed: each chunk writes its own part first, by the thread that has it.
+inline std::unique_ptr<double[]> room(std::int64_t values) {
+  return std::unique_ptr<double[]>(new double[static_cast<std::size_t>(values)]);
+}
+
 // An item at a time: between its two passes its data are still in cache.
 template <class Job> void run_items(Job& job, const Pool& pool, Steps steps, bool alone) {
   parallel(pool, job.items(), alone, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<double> partials(static_cast<std::size_t>(job.most_chunks() * job.partial_size()));
+    const auto partials = room(job.most_chunks() * job.partial_size());
     for (std::int64_t item = begin; item < end; ++item) {
       const std::int64_t chunks = job.chunks(item);
-      for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, partials.data() + c * job.partial_size());
-      job.finish(item, partials.data());
+      for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, partials.get() + c * job.partial_size());
+      job.finish(item, partials.get());
       // backwards: what was read last is the likeliest to be in cache
       for (std::int64_t c = chunks; steps.map && c-- > 0;) job.map(item, c, true);
     }
@@ -60,15 +65,15 @@ template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bo
   const auto item_of = [&](std::int64_t u) { return u / (side * most) * side + u % side; };
   const auto chunk_of = [&](std::int64_t u) { return u % (side * most) / side; };
   if (steps.reduce) {
-    std::vector<double> partials(static_cast<std::size_t>(units * size));
+    const auto partials = room(units * size);
     parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t u = begin; u < end; ++u) {
         const std::int64_t item = item_of(u), chunk = chunk_of(u);
-        if (chunk < job.chunks(item)) job.reduce(item, chunk, partials.data() + (item * most + chunk) * size);
+        if (chunk < job.chunks(item)) job.reduce(item, chunk, partials.get() + (item * most + chunk) * size);
       }
     });
     parallel(pool, job.items(), alone || units * size < kLeastSums, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.data() + item * most * size);
+      for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.get() + item * most * size);
     });
   }
   if (!steps.map) return;
@@ -103,7 +108,6 @@ class JobBase {
   std::int64_t channels(std::int64_t item) const { return std::min(width_, p_.c - channel(item)); }
   std::int64_t chunks(std::int64_t item) const { return parts_.chunks(slice(item)); }
   std::int64_t most_chunks() const { return parts_.most_chunks(); }
-  std::int64_t partial_size() const { return 2 * width_; }
   std::int64_t work() const { return p_.n * p_.c * p_.s; }
 
   // Coefficients that need no reduction first.

@@ -6,4 +6,5 @@
 #include "sums.h"
 #include "step.h"
 #include "loops.h"
+#include "channels.h"
 #include "table.h"

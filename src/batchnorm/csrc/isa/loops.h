@@ -34,12 +34,23 @@ template <class F> BN_INLINE void over_runs(const Slab& s, const F& run) {
   }
 }
 
-// Of a grid whose rows are taken kRows at a time, unless they are streamed.
+// Whether a grid is taken row by row. Streaming stores want the order of memory itself; long rows would, several at a
+// time, drive each other and what is read ahead of them out of the first cache, so long as the coefficients fit in it.
+template <class T, class A> BN_INLINE bool long_rows(const Slab& s) {
+  return sizeof(T) == sizeof(A) && s.stride * static_cast<std::int64_t>(sizeof(T)) >= 2048;
+}
+template <class T, class A> BN_INLINE bool by_row(const Slab& s) {
+  constexpr std::int64_t coefs = kCoefs * sizeof(A), first_cache = 24 * 1024;
+  return s.stream || (long_rows<T, A>(s) && s.length * coefs <= first_cache);
+}
+
+// Otherwise a few rows share a column's coefficients, of which there are more than there are values to read.
 constexpr int kRows = 4;
-template <class T> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
+template <class T, class A> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
   constexpr std::int64_t far = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
+  if (s.stream) return far;
   const std::int64_t rows = kRows * s.stride;
-  return s.stream || rows <= far ? far : rows;
+  return long_rows<T, A>(s) ? far / 4 : rows > far ? rows : far;
 }
 
 // Calls column(c, lanes) for a row's columns.
@@ -64,13 +75,9 @@ BN_INLINE std::int64_t over_rows(const Slab& s, std::int64_t r, const F& step) {
   return r;
 }
 
-// A grid nearly in the order of memory: a few rows share a column's coefficients, of which there are more than there are
-// values to read. Streaming stores want the order of memory itself. So do rows of a multiple of 4 KiB, whose loads wait for
-// stores that differ from them in the upper bits of the address alone, where all coefficients fit into the first cache.
+// A grid nearly in the order of memory.
 template <class T, class A, class F> BN_INLINE void over_grid(const Slab& s, const F& step) {
-  constexpr std::int64_t values = sizeof(T), coefs = kCoefs * sizeof(A), first_cache = 24 * 1024;
-  const bool by_row = s.stream || (s.stride * values % 4096 == 0 && s.length * coefs <= first_cache);
-  over_rows<1, T, A>(s, by_row ? 0 : over_rows<kRows, T, A>(s, 0, step), step);
+  over_rows<1, T, A>(s, by_row<T, A>(s) ? 0 : over_rows<kRows, T, A>(s, 0, step), step);
 }
 
 template <class T> void widen_all(const void* x, std::int64_t n, double* out) {
@@ -140,8 +147,9 @@ template <class T, class A> struct Moments {
       Sums both[2] = {sums[k][0], sums[k][1]};
       for (; r < end; ++r) {
         const std::int64_t start = r * s.stride + k * s.channel_stride, mask = r * s.mask_stride;
-        if (s.mask) run<true>(s, start, mask, next, shift[k], both);
-        else run<false>(s, start, mask, next, shift[k], both);
+        const double center = shifts ? shift[k] : 0;
+        if (s.mask) run<true>(s, start, mask, next, center, both);
+        else run<false>(s, start, mask, next, center, both);
       }
       sums[k][0] = both[0];
       sums[k][1] = both[1];
@@ -199,7 +207,7 @@ template <class T, class A, Variant kind> struct Loops {
     const Ahead next = ahead_line<T>(s);
     over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto c = coefs_line<A>(s, k);
-      over_run<T, A, Way>(s, start, mask, next, [&](std::int64_t i, std::int64_t, std::int64_t far, auto mem) BN_ALWAYS {
+      over_run<T, A, Way>(s, start, mask, ahead_stretch<T>(s, k, next), [&](std::int64_t i, std::int64_t, std::int64_t far, auto mem) BN_ALWAYS {
         Do::prefetch(s, i, far, false);
         if (s.next) Do::prefetch_next(s, i, false);
         Do::apply(s, c, i, mem);
@@ -208,7 +216,7 @@ template <class T, class A, Variant kind> struct Loops {
   }
   static void apply_grid(const Slab& slab) {
     const Slab s = slab;
-    const std::int64_t far = ahead_rows<T>(s);
+    const std::int64_t far = ahead_rows<T, A>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, false);
       Do::apply(s, c, i, mem);
@@ -219,7 +227,7 @@ template <class T, class A, Variant kind> struct Loops {
     const Ahead next = ahead_line<T>(s);
     over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto c = coefs_line<A>(s, k);
-      over_run<T, A, Way>(s, start, mask, next, [&](std::int64_t i, std::int64_t m, std::int64_t far, auto mem) BN_ALWAYS {
+      over_run<T, A, Way>(s, start, mask, ahead_stretch<T>(s, k, next), [&](std::int64_t i, std::int64_t m, std::int64_t far, auto mem) BN_ALWAYS {
         Do::prefetch(s, i, far, true);
         if (s.next) Do::prefetch_next(s, i, true);
         Do::elemt(s, c, real_line(s, m, mem), i, mem);
@@ -228,7 +236,7 @@ template <class T, class A, Variant kind> struct Loops {
   }
   static void elemt_grid(const Slab& slab) {
     const Slab s = slab;
-    const std::int64_t far = ahead_rows<T>(s);
+    const std::int64_t far = ahead_rows<T, A>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t r, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, true);
       Do::elemt(s, c, real_grid(s, r), i, mem);

@@ -60,6 +60,15 @@ template <class T> BN_INLINE Ahead ahead_line(const Slab& s) {
   return {far, s.length - far, s.turn - s.length + far};
 }
 
+// The same for channel `channel` of several that are taken in the order of memory: along all of them, but not so far
+// that five tensors would fill the first cache. Very short ones do not repay the reckoning.
+template <class T> BN_INLINE Ahead ahead_stretch(const Slab& s, std::int64_t channel, const Ahead& line) {
+  constexpr std::int64_t size = sizeof(T), far = kAheadBytes / 4 / size;
+  if (s.channels == 1 || s.length * size < 384) return line;
+  const std::int64_t all = s.length * s.channels, change = all - far - channel * s.length;
+  return {far, change < 0 ? 0 : change < s.length ? change : s.length, s.turn - all + far};
+}
+
 // Calls step(i, how far ahead, strands, lanes) for one run of `length` values, each strand in its turn.
 template <class A, class Way, class B, class F>
 BN_INLINE void over_strands(std::int64_t length, const Ahead& ahead, B& block, const F& step) {

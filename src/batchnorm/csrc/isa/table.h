@@ -42,19 +42,11 @@ template <class T> Leaf wide() {
   return leaf;
 }
 
-// 1/√(var + eps), in float64 and correctly rounded twice: the same on every instruction set.
-inline void invstd_all(const double* var, double eps, std::int64_t n, double* out) {
-  constexpr int w = lanes<double>();
-  std::int64_t i = 0;
-  for (; i + w <= n; i += w) convert(out + i, 1 / square_root(convert(var + i) + eps));
-  for (; i < n; ++i) out[i] = 1 / std::sqrt(var[i] + eps);
-}
-
 inline Kernels make(const char* name) {
   Kernels k;
   k.name = name;
   k.vector_bytes = kBytes;
-  k.invstd = &invstd_all;
+  k.channels = channel_kernels();
   k.leaf[static_cast<int>(Dtype::f32)] = fast<float, float>();
   k.leaf[static_cast<int>(Dtype::f64)] = fast<double, double>();
   k.leaf[static_cast<int>(Dtype::bf16)] = fast<bf16, float>();
