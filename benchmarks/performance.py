@@ -1,8 +1,10 @@
-"""The study behind docs/performance.md: `python benchmarks/performance.py` (some seven minutes on two idle cores).
+"""The study behind docs/performance.md: `python benchmarks/performance.py` (some eight minutes on two idle cores).
 
 ResNet-50's and MobileNetV2's batch normalizations, forward and backward, against torch eager and a copy of the tensor:
 medians of interleaved runs in one process, values checked against float64 first. Once with the default malloc, once
-with jemalloc (LD_PRELOAD, where it is installed) on both sides. Peak memory is a process's own, one a contender.
+with jemalloc (LD_PRELOAD, where it is installed) on both sides. Whether the default malloc maps torch's outputs anew
+depends on what a process did before; so each is done in a few processes, which take the problems up at different
+places, and a row is their geometric mean. Peak memory is a process's own, one a contender.
 """
 
 from __future__ import annotations
@@ -81,14 +83,46 @@ def peak_memory(contender: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def measure(seconds: float) -> dict[str, Any]:
-    rows = []
-    for network, problem in problems():
-        rows.append({"network": network, **time_one(problem, seconds)})
-        print(problem.label, round(ratio(rows[-1]), 2), file=sys.stderr, flush=True)
-    small = [small_call(shape, 2.0) for shape in ((256, 1024), (60, 100))]
-    evaluated = bench.evaluation(bench.Problem((BATCH, 256, 56, 56), "float32", "contiguous", "bn+relu"), seconds=2.0)
-    return {"machine": bench.machine(), "rows": rows, "small": small, "evaluation": evaluated}
+def measure(seconds: float, start: float) -> dict[str, Any]:
+    """Every row in this process, beginning at this share of the list and going round."""
+    plan = problems()
+    rows: list[dict[str, Any]] = [{}] * len(plan)
+    for i in range(len(plan)):
+        at = (i + int(start * len(plan))) % len(plan)
+        network, problem = plan[at]
+        rows[at] = {"network": network, **time_one(problem, seconds)}
+        print(problem.label, round(ratio(rows[at]), 2), file=sys.stderr, flush=True)
+    small = [small_call(shape, 4 * seconds) for shape in ((256, 1024), (60, 100))]
+    problem = bench.Problem((BATCH, 256, 56, 56), "float32", "contiguous", "bn+relu")
+    return {
+        "machine": bench.machine(),
+        "rows": rows,
+        "small": small,
+        "evaluation": bench.evaluation(problem, seconds=4 * seconds),
+    }
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means over processes, percentile by percentile; so a ratio of medians is the mean of the ratios."""
+    kinds = {}
+    for kind in ("rows", "small"):
+        kinds[kind] = [
+            {
+                **same[0],
+                "seconds": {
+                    name: {p: bench.geometric_mean(row["seconds"][name][p] for row in same) for p in percentiles}
+                    for name, percentiles in same[0]["seconds"].items()
+                },
+            }
+            for same in zip(*(run[kind] for run in runs), strict=True)
+        ]
+    evaluation = {key: bench.geometric_mean(run["evaluation"][key] for run in runs) for key in runs[0]["evaluation"]}
+    return {"machine": runs[0]["machine"], **kinds, "evaluation": evaluation, "runs": runs}
+
+
+def in_processes(count: int, seconds: float, preload: str | None = None) -> dict[str, Any]:
+    arguments = [("--seconds", str(seconds / count), "--start", str(i / count)) for i in range(count)]
+    return pooled([child("--child", "measure", *words, preload=preload) for words in arguments])
 
 
 def ratio(row: dict[str, Any], over: str = "torch", under: str = "ours") -> float:
@@ -116,7 +150,10 @@ def mean(values: list[float]) -> str:
 
 def summary(results: dict[str, dict[str, Any]]) -> list[str]:
     """Geometric means, a line a kind of work."""
-    lines = ["| work (geometric mean) | allocator | contiguous | channels_last | both | against in-place torch |"]
+    lines = [
+        "| work (geometric mean) | allocator | contiguous | channels_last | both (processes' range) "
+        "| against in-place torch |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     kinds = [("ResNet-50", "float32", case) for case in bench.CASES]
     kinds += [("ResNet-50", "bfloat16", "bn+relu"), ("MobileNetV2", "float32", "bn+relu")]
@@ -125,7 +162,12 @@ def summary(results: dict[str, dict[str, Any]]) -> list[str]:
             rows = pick(result, network=network, dtype=dtype, case=case)
             by_layout = [mean([ratio(r) for r in rows if r["layout"] == name]) for name in bench.LAYOUTS]
             in_place = mean([ratio(r, "torch_in_place") for r in rows]) if case != "bn" else "–"
-            cells = [f"{network} {case} {dtype}", allocator, *by_layout, mean([ratio(r) for r in rows]), in_place]
+            each = [
+                bench.geometric_mean(ratio(r) for r in pick(run, network=network, dtype=dtype, case=case))
+                for run in result["runs"]
+            ]
+            both = f"{mean([ratio(r) for r in rows])} ({min(each):.2f} to {max(each):.2f})"
+            cells = [f"{network} {case} {dtype}", allocator, *by_layout, both, in_place]
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"In copies of the tensor, tensors of {LARGE / 1e6:.0f} MB and more, forward and backward:", ""]
     lines += [
@@ -178,8 +220,9 @@ def page(results: dict[str, dict[str, Any]], memory: dict[str, float], notes: st
             "Written by `python benchmarks/performance.py`; `batchnorm bench` gives the same kind of figures for your "
             "machine.", "",
             f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}, "
-            f"batch {BATCH}, forward and backward. Medians of interleaved runs; *times torch* is torch eager's "
-            "median over ours, so more is better. *In-place torch* adds and rectifies in place, like torchvision.", "",
+            f"batch {BATCH}, forward and backward. Medians of interleaved runs, geometric means over "
+            f"{len(next(iter(results.values()))['runs'])} processes; *times torch* is torch eager's median over ours, "
+            "so more is better. *In-place torch* adds and rectifies in place, like torchvision.", "",
             *summary(results), "", "## Small tensors", "",
             "| module call, forward and backward | allocator | times torch | ours µs | torch µs |",
             "|---|---|---|---|---|",
@@ -197,18 +240,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", choices=("measure", "peak"), help=argparse.SUPPRESS)
     parser.add_argument("--contender", default="ours", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.9, help="measuring time a row")
+    parser.add_argument("--start", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.9, help="measuring time a row, over all processes")
+    parser.add_argument("--processes", type=int, default=3, help="how many processes an allocator")
     options = parser.parse_args()
     if options.child == "peak":
         print(json.dumps(peak_memory(options.contender)))
         return
     if options.child == "measure":
-        print(json.dumps(measure(options.seconds)))
+        print(json.dumps(measure(options.seconds, options.start)))
         return
-    results = {"default malloc": child("--child", "measure", "--seconds", str(options.seconds))}
+    results = {"default malloc": in_processes(options.processes, options.seconds)}
     jemalloc = ctypes.util.find_library("jemalloc")
     if jemalloc:
-        results["jemalloc"] = child("--child", "measure", "--seconds", str(options.seconds), preload=jemalloc)
+        results["jemalloc"] = in_processes(options.processes, options.seconds, preload=jemalloc)
     memory = {name: child("--child", "peak", "--contender", name) for name in ("ours", "torch", "torch_in_place")}
     notes = Path(__file__).with_name("performance_notes.md")
     DOCS.write_text(page(results, memory, notes.read_text() if notes.exists() else ""))

@@ -7,8 +7,9 @@ namespace {
 
 // Values of a channel in one chunk. The variance's error grows with it (docs/kernels.md), the merging's cost falls.
 constexpr std::int64_t kChunk = 8192;
-// Contiguous: bytes of a sample's channels in one item, where a channel alone has fewer.
-constexpr std::int64_t kStretch = 4096;
+// Contiguous: bytes of a sample's channels in one item, where a channel alone has fewer; of a backward with a residual,
+// whose five tensors would drive each other out of the caches, fewer. No sum depends on it.
+constexpr std::int64_t kStretch = 4096, kStretchOfFive = 3072;
 // Channels last: values of all channels in one chunk, the rows that this may come to, and the fewest to even out at.
 constexpr std::int64_t kGridChunk = 131072, kLeastRows = 64, kMostRows = 4096, kEvenRows = 96;
 
@@ -33,7 +34,8 @@ Partition::Partition(const Problem& p)
   width_ = p.c;
   if (!p.channels_last) {
     const std::int64_t bytes = std::max<std::int64_t>(p.s * static_cast<std::int64_t>(size_of(p.dtype)), 1);
-    width_ = std::min(p.c, std::clamp<std::int64_t>(kStretch / bytes, 1, kMostChannels));
+    const std::int64_t stretch = p.grad && p.residual ? kStretchOfFive : kStretch;
+    width_ = std::min(p.c, std::clamp<std::int64_t>(stretch / bytes, 1, kMostChannels));
   }
   if (p.channels_last) {
     chunk_rows_ = even_rows(per_slice_ * p.s, p.c);
