@@ -233,6 +233,27 @@ def test_float64_is_no_less_exact_than_torch(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_chunks_far_from_zero_are_put_together_exactly(dtype: torch.dtype, layout: str) -> None:
+    # each chunk's mean, rounded by itself, is off by 1e-10: a millionth of what the chunks' means differ by
+    x = (torch.randn(16, 3, 64, 64, dtype=torch.float64) * 0.1 + 1e6).to(dtype)
+    _, var, count = ops.stats(arranged(x, layout), None, 0)
+    near = x.double() - 1e6  # exact
+    torch.testing.assert_close(var[0], near.var((0, 2, 3), correction=0), rtol=1e-13, atol=0)
+    assert count.item() == 16 * 64 * 64
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_infinity_in_one_of_many_chunks_is_the_mean(layout: str) -> None:
+    x = torch.randn(16, 3, 64, 64)
+    x[0, 1, 5, 5] = torch.inf
+    x[9, 2, 5, 5], x[0, 2, 5, 5] = -torch.inf, torch.inf
+    mean, var, _ = ops.stats(arranged(x, layout), None, 0)
+    torch.testing.assert_close(mean[0], x.double().mean((0, 2, 3)), equal_nan=True)
+    assert var[0].isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_nonfinite_input_spoils_its_channel_only(bad: float, layout: str) -> None:
     x = torch.randn(4, 20, 9, 7)
