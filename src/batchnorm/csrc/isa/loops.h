@@ -53,6 +53,11 @@ template <class T, class A> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
   return long_rows<T, A>(s) ? far / 4 : rows > far ? rows : far;
 }
 
+// How far ahead of that to read into the second-level cache, 0 = not: several rows at a time run faster than memory answers.
+template <class T, class A> BN_INLINE std::int64_t deep_rows(const Slab& s) {
+  return s.stream || long_rows<T, A>(s) ? 0 : 4 * ahead_rows<T, A>(s);
+}
+
 // Calls column(c, lanes) for a row's columns.
 template <class T, class A, class F> BN_INLINE void over_columns(std::int64_t length, const F& column) {
   constexpr int w = lanes<A>(), units = Unit<T, A>::units;
@@ -215,10 +220,12 @@ template <class T, class A, Variant kind> struct Loops {
     });
   }
   static void apply_grid(const Slab& slab) {
-    const Slab s = slab;
+    Slab s = slab;
+    s.next = deep_rows<T, A>(s);
     const std::int64_t far = ahead_rows<T, A>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, false);
+      if (s.next) Do::prefetch_next(s, i, false);
       Do::apply(s, c, i, mem);
     });
   }
@@ -235,10 +242,12 @@ template <class T, class A, Variant kind> struct Loops {
     });
   }
   static void elemt_grid(const Slab& slab) {
-    const Slab s = slab;
+    Slab s = slab;
+    s.next = deep_rows<T, A>(s);
     const std::int64_t far = ahead_rows<T, A>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t r, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, true);
+      if (s.next) Do::prefetch_next(s, i, true);
       Do::elemt(s, c, real_grid(s, r), i, mem);
     });
   }

@@ -53,7 +53,7 @@ template <class T, class A, Variant kind> struct Step {
     if (s.out) ahead_to_write(at(s.out, i), far);
     if (backward && (kind == relu_residual || s.grad_residual)) ahead_to_write(at(s.grad_residual, i), far);
   }
-  // `s.next` values from here stands what the next item's first pass will want.
+  // `s.next` values from here stands what this loop or the next item's first pass will want later.
   static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {
     far_ahead(at(s.x, i), s.next);
     if (backward) far_ahead(at(s.grad, i), s.next);
