@@ -1,4 +1,4 @@
-"""The study behind docs/performance.md: `python benchmarks/performance.py` (some eight minutes on two idle cores).
+"""The study behind docs/performance.md: `python benchmarks/performance.py` (some eleven minutes on two idle cores).
 
 ResNet-50's and MobileNetV2's batch normalizations, forward and backward, against torch eager and a copy of the tensor:
 medians of interleaved runs in one process, values checked against float64 first. Once with the default malloc, once
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--contender", default="ours", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.9, help="measuring time a row, over all processes")
-    parser.add_argument("--processes", type=int, default=3, help="how many processes an allocator")
+    parser.add_argument("--processes", type=int, choices=range(1, 17), default=3, help="how many an allocator")
     options = parser.parse_args()
     if options.child == "peak":
         print(json.dumps(peak_memory(options.contender)))

@@ -34,11 +34,12 @@ template <class F> BN_INLINE void over_runs(const Slab& s, const F& run) {
   }
 }
 
-// Whether a grid is taken row by row. Streaming stores want the order of memory itself; long rows would, several at a
-// time, drive each other and what is read ahead of them out of the first cache, so long as the coefficients fit in it.
+// Rows of which several at a time, with what is read ahead of them, would fill the first cache.
 template <class T, class A> BN_INLINE bool long_rows(const Slab& s) {
   return sizeof(T) == sizeof(A) && s.stride * static_cast<std::int64_t>(sizeof(T)) >= 2048;
 }
+// Whether a grid is taken row by row: streaming stores want the order of memory itself, and long rows the first cache to
+// themselves, if the coefficients, read for every row then, fit into it.
 template <class T, class A> BN_INLINE bool by_row(const Slab& s) {
   constexpr std::int64_t coefs = kCoefs * sizeof(A), first_cache = 24 * 1024;
   return s.stream || (long_rows<T, A>(s) && s.length * coefs <= first_cache);
