@@ -1,5 +1,6 @@
 // The CPU kernels alone, without torch, allocation or Python: nanoseconds of one thread for 16 values.
-//   benchmarks/kernels_alone.sh N C S LAST THREADS RELU RESIDUAL DTYPE      (0 float32, 1 float64, 2 bfloat16, 3 float16)
+//   benchmarks/kernels_alone.sh N C S LAST THREADS RELU RESIDUAL DTYPE COLD   (0 float32, 1 float64, 2 bfloat16, 3 float16)
+// COLD 1: before each run other data drive the tensors out of the caches, as a network's other layers do.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -52,9 +53,18 @@ void run_two(std::int64_t count, void (*body)(std::int64_t, std::int64_t, void*)
 
 void run_one(std::int64_t count, void (*body)(std::int64_t, std::int64_t, void*), void* context) { body(0, count, context); }
 
-template <class F> double median(std::int64_t runs, const F& f) {
+void evict(const Pool& pool) {
+  constexpr std::int64_t half = 32 << 20;
+  static std::vector<char> other(2 * half);
+  pool.run(2, [](std::int64_t begin, std::int64_t end, void* context) {
+    for (std::int64_t i = begin * half; i < end * half; i += 64) ++static_cast<char*>(context)[i];
+  }, other.data());
+}
+
+template <class F> double median(std::int64_t runs, const F& f, const Pool* cold) {
   std::vector<double> taken;
   for (std::int64_t i = 0; i <= runs; ++i) {
+    if (cold) evict(*cold);
     const auto start = std::chrono::steady_clock::now();
     f();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -89,6 +99,7 @@ int main(int argc, char** argv) {
   double count = 0;
   p.x = tensors[0], p.out = tensors[3], p.residual = word(7, 0) ? tensors[2] : nullptr;
   p.mean = mean.data(), p.var = var.data(), p.count = &count, p.weight = weight.data(), p.bias = bias.data(), p.eps = 1e-5;
+  const Pool* const cold = word(9, 0) ? &pool : nullptr;
   const std::int64_t runs = std::clamp<std::int64_t>(50'000'000 / values, 5, 100);
   const auto show = [&](const char* name, double seconds) {
     std::printf("%s %.2f  ", name, seconds * 1e9 * pool.threads * 16 / static_cast<double>(values));
@@ -101,15 +112,15 @@ int main(int argc, char** argv) {
       for (std::int64_t i = begin; i < end; ++i)
         std::memcpy(q->to + static_cast<std::size_t>(i) * q->half, q->from + static_cast<std::size_t>(i) * q->half, q->half);
     }, &copy);
-  }));
-  show("stats", median(runs, [&] { stats(p, pool); }));
-  show("apply", median(runs, [&] { apply(p, pool); }));
-  const double there = show("forward", median(runs, [&] { forward(p, pool); }));
+  }, cold));
+  show("stats", median(runs, [&] { stats(p, pool); }, cold));
+  show("apply", median(runs, [&] { apply(p, pool); }, cold));
+  const double there = show("forward", median(runs, [&] { forward(p, pool); }, cold));
   p.grad = tensors[1], p.sum_dy = dy.data(), p.sum_dy_xmu = dyx.data();
   if (p.residual) p.grad_residual = tensors[4];
-  show("backward_reduce", median(runs, [&] { backward_reduce(p, pool); }));
-  show("backward_elemt", median(runs, [&] { backward_elemt(p, pool); }));
-  const double back = show("backward", median(runs, [&] { backward(p, pool); }));
+  show("backward_reduce", median(runs, [&] { backward_reduce(p, pool); }, cold));
+  show("backward_elemt", median(runs, [&] { backward_elemt(p, pool); }, cold));
+  const double back = show("backward", median(runs, [&] { backward(p, pool); }, cold));
   std::printf("| forward + backward %.2f copies\n", (there + back) / unit);
   return 0;
 }

@@ -22,6 +22,8 @@ constexpr int kVariants = 5;
 enum Coef : int { center, scale, shift, slope, offset };
 constexpr int kCoefs = 5;
 
+constexpr std::int64_t kDeepBytes = 16384;  // how far ahead memory is asked for what the second-level cache is to have
+
 constexpr int kMostChannels = 32;  // of a slab of lines
 
 // A piece of a tensor. "Lines" are `runs` samples, `stride` apart, each with `channels` adjacent channels of `length`
@@ -36,8 +38,8 @@ struct Slab {
   void* grad_residual = nullptr;   // may be null
   std::int64_t runs = 0, length = 0, stride = 0, mask_stride = 0;
   std::int64_t turn = 0;           // lines: from a run to the one that is taken next; below 0 = from the last run back
-  std::int64_t next = 0;           // from a value to what is read ahead into the second-level cache; 0 = none. Of lines
-                                   // it is what the next item's first pass will read; a grid's loops set it themselves
+  std::int64_t next = 0;           // of a pass that writes: from a value to what is fetched ahead into the second-level
+                                   // cache, outputs too. A grid's loops set it themselves
   std::int64_t channels = 1, channel_stride = 0;  // lines
   const void* coef = nullptr;
   std::int64_t coef_width = 1;     // from one coefficient's values to the next one's

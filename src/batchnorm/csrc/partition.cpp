@@ -11,7 +11,7 @@ constexpr std::int64_t kChunk = 8192;
 // whose five tensors would drive each other out of the caches, fewer. No sum depends on it.
 constexpr std::int64_t kStretch = 4096, kStretchOfFive = 3072;
 // Channels last: values of all channels in one chunk, the rows that this may come to, and the fewest to even out at.
-constexpr std::int64_t kGridChunk = 131072, kLeastRows = 64, kMostRows = 4096, kEvenRows = 96;
+constexpr std::int64_t kGridChunk = 131072, kLeastRows = 128, kMostRows = 4096, kEvenRows = 96;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -99,7 +99,7 @@ class JobBase {
   // Of how many tensors it reads and writes.
   JobBase(const Problem& p, std::int64_t inputs, std::int64_t outputs)
       : p_(p), parts_(p), width_(parts_.width()), coefficients_(p, items(), width_),
-        large_(exceeds_cache(p, inputs + outputs)), stream_(outputs && large_ && whole_lines(p)) {}
+        stream_(outputs && exceeds_cache(p, inputs + outputs) && whole_lines(p)) {}
 
   std::int64_t items() const { return p_.rows() * parts_.items_a_slice(); }
   std::int64_t items_a_slice() const { return parts_.items_a_slice(); }
@@ -123,9 +123,18 @@ class JobBase {
   Slab slab(std::int64_t item, std::int64_t chunk, bool fused) const {
     Slab s = slab(item, chunk);
     s.stream = stream_;
-    s.turn = fused ? -s.turn : s.channels * s.length;
-    // reading what comes next while this is written: else memory rests in one pass and is the bound in the other
-    if (fused && large_ && !p_.channels_last) s.next = width_ * p_.s;
+    if (p_.channels_last) return s;
+    if (fused) {
+      s.turn = -s.turn;
+      // what comes next while this is written: else memory rests in one pass and is the bound in the other
+      s.next = width_ * p_.s;
+    } else if (s.runs > 1) {
+      s.turn = s.stride;
+      s.next = 4 * s.stride;
+    } else {
+      s.turn = s.channels * s.length;
+      s.next = kDeepBytes / static_cast<std::int64_t>(size_of(p_.dtype));
+    }
     return s;
   }
   double* row(double* rows, std::int64_t item) const { return rows + slice(item) * p_.c + channel(item); }
@@ -139,7 +148,7 @@ class JobBase {
   Partition parts_;
   std::int64_t width_;
   Coefficients coefficients_;
-  bool large_, stream_;
+  bool stream_;
 };
 
 }  // namespace bn

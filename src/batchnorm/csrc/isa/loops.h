@@ -34,29 +34,31 @@ template <class F> BN_INLINE void over_runs(const Slab& s, const F& run) {
   }
 }
 
-// Rows of which several at a time, with what is read ahead of them, would fill the first cache.
-template <class T, class A> BN_INLINE bool long_rows(const Slab& s) {
-  return sizeof(T) == sizeof(A) && s.stride * static_cast<std::int64_t>(sizeof(T)) >= 2048;
+// Rows of which several at a time, each read ahead by as many, would fill the first cache.
+template <class T> BN_INLINE bool long_rows(const Slab& s) {
+  return s.stride * static_cast<std::int64_t>(sizeof(T)) >= 2048;
 }
 // Whether a grid is taken row by row: streaming stores want the order of memory itself, and long rows the first cache to
-// themselves, if the coefficients, read for every row then, fit into it.
+// themselves, if the coefficients, read for every row then, fit into it and are no wider than the data.
 template <class T, class A> BN_INLINE bool by_row(const Slab& s) {
   constexpr std::int64_t coefs = kCoefs * sizeof(A), first_cache = 24 * 1024;
-  return s.stream || (long_rows<T, A>(s) && s.length * coefs <= first_cache);
+  return s.stream || (sizeof(T) == sizeof(A) && long_rows<T>(s) && s.length * coefs <= first_cache);
 }
 
 // Otherwise a few rows share a column's coefficients, of which there are more than there are values to read.
 constexpr int kRows = 4;
-template <class T, class A> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
+template <class T> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
   constexpr std::int64_t far = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
   if (s.stream) return far;
   const std::int64_t rows = kRows * s.stride;
-  return long_rows<T, A>(s) ? far / 4 : rows > far ? rows : far;
+  return long_rows<T>(s) ? far / 4 : rows > far ? rows : far;
 }
 
-// How far ahead of that to read into the second-level cache, 0 = not: several rows at a time run faster than memory answers.
-template <class T, class A> BN_INLINE std::int64_t deep_rows(const Slab& s) {
-  return s.stream || long_rows<T, A>(s) ? 0 : 4 * ahead_rows<T, A>(s);
+// How far ahead to fetch into the second-level cache: beyond that and the rows that are taken at a time.
+template <class T> BN_INLINE std::int64_t deep_rows(const Slab& s) {
+  constexpr std::int64_t far = kDeepBytes / static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t soon = kRows * s.stride + ahead_rows<T>(s);
+  return soon > far ? soon : far;
 }
 
 // Calls column(c, lanes) for a row's columns.
@@ -222,11 +224,11 @@ template <class T, class A, Variant kind> struct Loops {
   }
   static void apply_grid(const Slab& slab) {
     Slab s = slab;
-    s.next = deep_rows<T, A>(s);
-    const std::int64_t far = ahead_rows<T, A>(s);
+    s.next = deep_rows<T>(s);
+    const std::int64_t far = ahead_rows<T>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, false);
-      if (s.next) Do::prefetch_next(s, i, false);
+      Do::prefetch_next(s, i, false);
       Do::apply(s, c, i, mem);
     });
   }
@@ -244,11 +246,11 @@ template <class T, class A, Variant kind> struct Loops {
   }
   static void elemt_grid(const Slab& slab) {
     Slab s = slab;
-    s.next = deep_rows<T, A>(s);
-    const std::int64_t far = ahead_rows<T, A>(s);
+    s.next = deep_rows<T>(s);
+    const std::int64_t far = ahead_rows<T>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t r, const auto& c, auto mem) BN_ALWAYS {
       Do::prefetch(s, i, far, true);
-      if (s.next) Do::prefetch_next(s, i, true);
+      Do::prefetch_next(s, i, true);
       Do::elemt(s, c, real_grid(s, r), i, mem);
     });
   }

@@ -53,11 +53,15 @@ template <class T, class A, Variant kind> struct Step {
     if (s.out) ahead_to_write(at(s.out, i), far);
     if (backward && (kind == relu_residual || s.grad_residual)) ahead_to_write(at(s.grad_residual, i), far);
   }
-  // `s.next` values from here stands what this loop or the next item's first pass will want later.
+  // `s.next` values from here stands what this loop or the next item's passes will want later. Lines to be written are
+  // fetched like the others: memory takes longer to bring them than one cache has requests to wait with.
   static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {
     far_ahead(at(s.x, i), s.next);
     if (backward) far_ahead(at(s.grad, i), s.next);
-    if (backward && reads_residual(s)) far_ahead(at(s.residual, i), s.next);
+    if (reads_residual(s)) far_ahead(at(s.residual, i), s.next);
+    if (s.stream) return;
+    if (s.out) far_ahead(at(s.out, i), s.next);
+    if (backward && (kind == relu_residual || s.grad_residual)) far_ahead(at(s.grad_residual, i), s.next);
   }
   template <int columns> static BN_INLINE void prefetch_row(const Slab& s, std::int64_t i) {
     ahead_row<T, A, columns>(at(s.x, 0), i);
