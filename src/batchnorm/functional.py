@@ -22,7 +22,7 @@ from .moments import (
     resolve,
     sourced_batch_norm,
 )
-from .ops import BatchStatistics, FixedStatistics, activate, fits, fused
+from .ops import BatchStatistics, FixedStatistics, InPlaceCall, activate, fits, fused, may_overwrite
 from .ops import training_call as _training_call
 
 __all__ = ["Buffers", "batch_norm", "batch_norm_pure", "batch_norm_with_moments", "lengths_to_mask"]
@@ -55,6 +55,7 @@ def batch_norm(
     feature_axis: int = 1,
     negative_slope: float = 0.01,
     num_batches_tracked: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     r"""Normalise each channel over the batch, then scale, shift, add a residual and activate, in one operator.
 
@@ -88,6 +89,9 @@ def batch_norm(
         feature_axis: the channels' axis; -1 for sequences (N, L, C).
         negative_slope: of "leaky_relu".
         num_batches_tracked: counter, incremented in training where the buffers are given.
+        inplace: the output may take the input's place, which the backward then needs no more: a permission, used in
+            eager training on the CPU for no activation or "leaky_relu", where γ and β let the input be told from the
+            output (docs/in-place.md). Such a call's gradients cannot be differentiated again.
 
     Returns:
         The input's shape and dtype.
@@ -107,7 +111,7 @@ def batch_norm(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual, mask=mask, ghost_batch_size=ghost_batch_size, renorm=renorm,
             process_group=process_group, nonfinite=nonfinite, feature_axis=feature_axis,
-            negative_slope=negative_slope, num_batches_tracked=num_batches_tracked,
+            negative_slope=negative_slope, num_batches_tracked=num_batches_tracked, inplace=inplace,
         )  # fmt: skip
     if feature_axis != 1:
         return on_axis(
@@ -123,7 +127,7 @@ def batch_norm(
     if simple and input.dim() > 1 and direct():
         return training_call(
             input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum,
-            nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0),
+            nonfinite == "skip", (eps, activation or "", negative_slope, ghost_batch_size or 0), inplace,
         )  # fmt: skip
     plain = all(v is None for v in (mask, ghost_batch_size, renorm, process_group)) and nonfinite == "propagate"
     # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
@@ -153,6 +157,7 @@ def training_call(
     momentum: float | None,
     skip_nonfinite: bool,
     form: tuple[float, str, float, int],
+    inplace: bool = False,
 ) -> Tensor:
     """A layer's eager training call, in one operator: what a small tensor's time goes into is all the rest."""
     running_mean, running_var, _ = buffers
@@ -160,6 +165,8 @@ def training_call(
         checks.check_input(input, True, form[0], form[3] or None, synchronised=False)
         checks.check_buffers(running_mean, running_var, True)
         checks.check_vectors(input, running_mean, running_var, weight, bias)
+    if inplace and residual is None and mask is None and may_overwrite(input, weight, bias, form):
+        return InPlaceCall.apply(input, weight, bias, buffers, momentum, skip_nonfinite, form)
     real = None if mask is None else flat_mask(mask, input)
     return _training_call(input, weight, bias, residual, real, buffers, momentum, skip_nonfinite, form)
 

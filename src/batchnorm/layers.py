@@ -35,6 +35,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     accumulation_steps: int = 1
     domains: int | None = None
     domain: int = 0
+    inplace: bool = False
     frozen: bool = False
 
     def __init__(
@@ -58,6 +59,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         accumulation_steps: int = 1,
         domains: int | None = None,
         domain_affine: bool = False,
+        inplace: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:  # torch takes this keyword from 2.12 on only
@@ -65,7 +67,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self.configure(
             activation=activation, negative_slope=negative_slope, ghost_batch_size=ghost_batch_size, renorm=renorm,
             process_group=process_group, nonfinite=nonfinite, feature_axis=feature_axis,
-            accumulation_steps=accumulation_steps, domains=domains, domain_affine=domain_affine,
+            accumulation_steps=accumulation_steps, domains=domains, domain_affine=domain_affine, inplace=inplace,
         )  # fmt: skip
 
     def configure(self, *, domains: int | None = None, domain_affine: bool = False, **keywords: Any) -> None:
@@ -197,6 +199,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             feature_axis=self.feature_axis,
             negative_slope=self.negative_slope,
             num_batches_tracked=tracked,
+            inplace=self._may_overwrite(),
         )
 
     def _held(self) -> tuple[Tensor | None, ...] | None:
@@ -229,7 +232,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         """What `batch_norm` would come to: small tensors feel every call in between."""
         checks.check_residual(input, residual)
         form = (self.eps, self.activation or "", self.negative_slope, self.ghost_batch_size or 0)
-        return training_call(input, weight, bias, residual, None, (mean, var, tracked), self.momentum, False, form)
+        buffers = (mean, var, tracked)
+        return training_call(
+            input, weight, bias, residual, None, buffers, self.momentum, False, form, self._may_overwrite()
+        )
+
+    def _may_overwrite(self) -> bool:
+        """Not where a hook looks at the call afterwards: it is to find the input."""
+        return self.inplace and not self._forward_hooks and not nn.modules.module._global_forward_hooks
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -264,6 +274,7 @@ _KEYWORDS = (
     "nonfinite",
     "feature_axis",
     "accumulation_steps",
+    "inplace",
 )
 
 
@@ -323,6 +334,7 @@ _DOC = r"""{torch} over {shape}, exactly and in one pass, with the activation an
         accumulation_steps: move the running statistics once in so many calls, as one batch of their union would.
         domains: separate statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
         domain_affine: each domain its own weight and bias too.
+        inplace: the output may take the input's place in eager training, see `batchnorm.functional.batch_norm`.
 
     Shape:
         input, residual and output: {shape}; mask: without C, or with 1 there.

@@ -26,7 +26,8 @@ class Backward : public JobBase {
     const bool any = chunks(item) > 0;
     for (std::int64_t k = 0; k < channels(item); ++k) {
       dy[k] = any ? partials[k] : 0;
-      dy_xmu[k] = any ? partials[width_ + k] - coefficients_.center_residue(item, k) * partials[k] : 0;
+      const double about_mean = partials[width_ + k] - coefficients_.center_residue(item, k) * partials[k];
+      dy_xmu[k] = any ? about_mean / coefficients_.sum_scale(item, k) : 0;
     }
     set_through(item);
   }
@@ -56,6 +57,7 @@ class Backward : public JobBase {
 
   Variant reduction() const {
     if (p_.mask) return any_masked;
+    if (p_.in_place) return any;
     if (p_.act == Act::none) return plain;  // neither activation nor residual reaches dz
     if (p_.act == Act::relu) return p_.residual ? relu_residual : relu;
     return any;
@@ -63,7 +65,7 @@ class Backward : public JobBase {
 
   Variant elementwise() const {
     if (p_.mask) return any_masked;
-    if (!p_.out) return any;
+    if (!p_.out || p_.in_place) return any;
     if (p_.act == Act::none && !p_.grad_residual) return plain;
     if (p_.act == Act::relu && !p_.residual && !p_.grad_residual) return relu;
     if (p_.act == Act::relu && p_.residual && p_.grad_residual) return relu_residual;

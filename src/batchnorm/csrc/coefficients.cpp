@@ -27,11 +27,11 @@ void Coefficients::set_affine(std::int64_t item, std::int64_t slice, std::int64_
   kernels().channels.invstd(p_.var + row, p_.eps, count, invstd);
   double most = 0, least = 1, most_center = 0;  // magnitudes
   for (std::int64_t k = 0; k < count; ++k) {
-    const double mean = p_.mean[row + k];
+    const double bias = p_.bias ? p_.bias[channel + k] : 0.0, mean = p_.in_place ? bias : p_.mean[row + k];
     center[k] = p_.dtype == Dtype::f64 ? mean : static_cast<double>(static_cast<float>(mean));
     residue[k] = std::isfinite(center[k]) ? mean - center[k] : 0.0;
     scale[k] = p_.weight ? p_.weight[channel + k] * invstd[k] : invstd[k];
-    shift[k] = (p_.bias ? p_.bias[channel + k] : 0.0) - residue[k] * scale[k];
+    shift[k] = bias - residue[k] * scale[k];
     most = std::max({most, invstd[k], std::fabs(scale[k])});
     least = std::min(least, invstd[k]);
     most_center = std::max({most_center, std::fabs(center[k]), std::fabs(shift[k])});
@@ -48,7 +48,7 @@ void Coefficients::set_through(std::int64_t item, std::int64_t slice, std::int64
   const std::int64_t sums = slice * p_.c + channel;
   const double share = 1 / (count < 1 ? 1 : count);
   for (std::int64_t k = 0; k < channels(channel); ++k) {
-    slope[k] = -p_.sum_dy_xmu[sums + k] * share * invstd[k] * invstd[k] * scale[k];
+    slope[k] = -p_.sum_dy_xmu[sums + k] * share * invstd[k] * invstd[k] * (p_.in_place ? 1 : scale[k]);
     offset[k] = -p_.sum_dy[sums + k] * share * scale[k] - residue[k] * slope[k];
     wide |= std::fabs(slope[k]) > kLargest || std::fabs(offset[k]) > kLargestCenter;
     wide |= slope[k] != 0 && std::fabs(slope[k]) < kLeastSlope && invstd[k] < 1;

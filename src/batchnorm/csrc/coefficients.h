@@ -18,6 +18,8 @@ class Coefficients {
   void set_through(std::int64_t item, std::int64_t slice, std::int64_t channel, double count);
 
   double center_residue(std::int64_t item, std::int64_t k) const;  // mean - center
+  // What the loops' x - mean is x - mean times of: 1, or in place, where they see z - bias, the scale between the two.
+  double sum_scale(std::int64_t item, std::int64_t k) const { return p_.in_place ? values(item)[Coef::scale * width_ + k] : 1; }
   // Points the slab at the item's coefficients and returns the loops that fit their size.
   const Leaf& use(std::int64_t item, Slab& slab) const;
   // The same in float64, whatever their size.

@@ -44,6 +44,8 @@ struct Slab {
   const void* coef = nullptr;
   std::int64_t coef_width = 1;     // from one coefficient's values to the next one's
   double negative_slope = 0;
+  double restore = 0;              // x holds the outputs: what those below 0 are multiplied by for z; 0 = it holds inputs.
+                                   // Then x - center is z - center
   Act act = Act::none;
   bool stream = false;             // write past the caches
 };

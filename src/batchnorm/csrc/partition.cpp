@@ -95,6 +95,7 @@ Slab Partition::slab(std::int64_t slice, std::int64_t chunk, std::int64_t channe
   s.mask = p_.mask ? p_.mask + mask : nullptr;
   s.act = p_.act;
   s.negative_slope = p_.negative_slope;
+  if (p_.in_place) s.restore = p_.act == Act::leaky_relu ? 1 / p_.negative_slope : 1;
   return s;
 }
 

@@ -27,6 +27,7 @@ struct Problem {
   const std::uint8_t* mask = nullptr;  // (n, s)
   void* out = nullptr;                 // output, or grad_input
   void* grad_residual = nullptr;
+  bool in_place = false;               // of a backward: x holds what the forward wrote over it, without a residual
   const double* weight = nullptr;  // (c) or null
   const double* bias = nullptr;
   double* mean = nullptr;  // (rows, c); stats and forward write it, all others read it

@@ -206,6 +206,64 @@ void forward_update_running_boxed(StableIValue* stack, std::uint64_t, std::uint6
   stack[3] = call.count.release();
 }
 
+// An input of which every value has a place of its own that the kernels can write to.
+void check_in_place(const Call& call) {
+  STD_TORCH_CHECK(call.input.contiguous() || call.input.channels_innermost(),
+                  "an input of shape ", call.input.shape(), " is written over only where it is contiguous or channels_last");
+  const Problem& p = call.problem;
+  STD_TORCH_CHECK(p.act == Act::none || (p.act == Act::leaky_relu && p.negative_slope > 0),
+                  "only leaky_relu with a negative_slope above 0, or no activation, can be undone from its output");
+}
+
+void forward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments in(stack);
+  Call call;
+  call.input = in.tensor();
+  call.weight = in.optional_tensor();
+  call.bias = in.optional_tensor();
+  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
+  double momentum = 0;
+  const bool given = in.optional_number(&momentum), skip_nonfinite = in.flag();
+  call.take_form(in);
+  check_in_place(call);
+  call.prepare();
+  call.new_moments();
+  call.problem.out = call.input.data();
+  forward(call.problem, call.pool());
+  move_buffers(call, mean, var, batches, given, momentum, skip_nonfinite);
+  stack[0] = call.mean.release();
+  stack[1] = call.var.release();
+  stack[2] = call.count.release();
+}
+
+void backward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  Arguments in(stack);
+  Call call;
+  call.grad_output = in.tensor();
+  call.input = in.tensor();
+  call.mean = in.tensor();
+  call.var = in.tensor();
+  call.count = in.tensor();
+  call.weight = in.optional_tensor();
+  call.bias = in.optional_tensor();
+  call.take_form(in);
+  const std::vector<bool> wanted = in.flags();
+  check_in_place(call);
+  call.prepare();
+  call.read_moments();
+  call.problem.in_place = true;
+  Tensor grad_input = wanted[0] ? call.new_output() : call.nothing();
+  if (wanted[0]) call.problem.out = grad_input.data();
+  std::vector<double> room(static_cast<std::size_t>(2 * call.problem.rows() * call.problem.c));
+  call.problem.sum_dy = room.data();
+  call.problem.sum_dy_xmu = room.data() + room.size() / 2;
+  call.problem.count = call.doubles(call.count, call.problem.rows(), "count");
+  backward(call.problem, call.pool());
+  stack[0] = grad_input.release();
+  stack[1] = (wanted[1] && call.weight ? call.grad_vector(true) : call.nothing()).release();
+  stack[2] = (wanted[2] && call.bias ? call.grad_vector(false) : call.nothing()).release();
+}
+
 void empty_cache_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = torch::stable::detail::from(static_cast<std::int64_t>(empty_cache()));
 }
@@ -222,6 +280,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("backward_reduce", &backward_reduce_boxed);
   m.impl("backward_elemt", &backward_elemt_boxed);
   m.impl("backward", &backward_boxed);
+  m.impl("forward_inplace_", &forward_inplace_boxed);
+  m.impl("backward_inplace", &backward_inplace_boxed);
   m.impl("update_running_", &update_running_boxed);
   m.impl("forward_update_running_", &forward_update_running_boxed);
 }

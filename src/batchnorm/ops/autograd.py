@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from . import extension, reference
+from .layout import dense
 
 # The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
 _forward = torch.ops.batchnorm.forward.default
 _forward_update_running_ = torch.ops.batchnorm.forward_update_running_.default
 _apply = torch.ops.batchnorm.apply.default
 _backward = torch.ops.batchnorm.backward.default
+_forward_inplace_ = torch.ops.batchnorm.forward_inplace_.default
+_backward_inplace = torch.ops.batchnorm.backward_inplace.default
+# the pair that packs and unpacks what is saved for a backward, or None
+_saved_tensors_hooks: Callable[[bool], object] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _second_order(
@@ -134,6 +139,69 @@ class TrainingCall(_Function):
         ctx.form, ctx.inputs = form, 9
         ctx.set_materialize_grads(False)
         return out
+
+
+class InPlaceCall(torch.autograd.Function):
+    """`TrainingCall` whose output takes the input's place, and is what the backward keeps instead of it.
+
+    Source: Rota Bulò, Porzi & Kontschieder 2018, https://arxiv.org/abs/1712.02616; docs/in-place.md.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+        momentum: float | None,
+        skip_nonfinite: bool,
+        form: tuple[float, str, float, int],
+    ) -> Tensor:
+        mean, var, count = _forward_inplace_(input, weight, bias, *buffers, momentum, skip_nonfinite, *form)
+        ctx.mark_dirty(input)
+        ctx.save_for_backward(input, mean, var, count, weight, bias)
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "batch_norm: its input was written over, so its gradients cannot be differentiated again "
+                "(create_graph=True): use inplace=False"
+            )
+        needs = list(ctx.needs_input_grad[:3])
+        grads = _backward_inplace(grad_output, *ctx.saved_tensors, *ctx.form, needs)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 4)
+
+
+# How far β may lie beyond γ: x̂ = (z − β)/γ carries |β/γ| roundings of z (docs/in-place.md).
+_MOST, _MOST_OF_HALF = 128.0, 4.0
+
+
+def may_overwrite(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, form: tuple[float, str, float, int]
+) -> bool:
+    """Whether an output may take this input's place: it is nobody else's, and the backward can undo what is done.
+
+    Only where there is something to save, so never a batch of data; and never under hooks on saved tensors: activation
+    checkpointing would find the output where it left an input, and take it for one.
+    """
+    needed = extension.LOADED and torch.is_grad_enabled() and input.requires_grad and input.device.type == "cpu"
+    if not needed or input.is_leaf or input._is_view() or dense(input) is not input or _saved_tensors_hooks(False):
+        return False
+    if form[1] != "" and not (form[1] == "leaky_relu" and form[2] > 0):
+        return False
+    if weight is None and bias is None:
+        return True
+    most = _MOST_OF_HALF if input.dtype.itemsize == 2 else _MOST
+    gamma = torch.ones(()) if weight is None else weight.detach().abs()
+    beta = torch.zeros(()) if bias is None else bias.detach().abs()
+    return bool((beta < most * gamma).all())
 
 
 class FixedStatistics(_Function):

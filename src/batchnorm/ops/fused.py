@@ -175,6 +175,48 @@ def forward_update_running_(
     return out, mean, var, count
 
 
+def forward_inplace_(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    *form: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_update_running_` whose output takes the input's place."""
+    out, mean, var, count = torch.ops.batchnorm.forward_update_running_.default(
+        input, weight, bias, None, None, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite, *form
+    )
+    input.copy_(out)
+    return mean, var, count
+
+
+def backward_inplace(
+    grad_output: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    slice_size: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` with the input told from the output: x = ((φ⁻¹(y) − β)/γ)·√(σ² + ε) + μ."""
+    form = (eps, activation, negative_slope, slice_size)
+    input = reference.restored(out, mean, var, weight, bias, *form)
+    grads = backward(
+        grad_output.double(), input, mean, var, count, weight, bias, None, None, *form, [*output_mask, False]
+    )
+    return grads[0].to(out.dtype), grads[1], grads[2]
+
+
 def update_running_once_(
     running_mean: Tensor | None,
     running_var: Tensor | None,

@@ -87,6 +87,30 @@ def apply(
     return _like(activate(z, activation, negative_slope), input)
 
 
+def restored(
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    slice_size: int,
+) -> Tensor:
+    """The float64 input of which `apply` without a residual made this output, for an activation that can be undone."""
+    z = flat(out).double()
+    if activation:
+        z = torch.where(z < 0, z / negative_slope, z)
+    if bias is not None:
+        z = z - _channels(bias)
+    if weight is not None:
+        z = z / _channels(weight)
+    deviation = z * per_sample((_rows(var) + eps).sqrt(), z.size(0), slice_size)
+    x = deviation + per_sample(_rows(mean), z.size(0), slice_size)
+    return torch.empty_like(dense(out), dtype=torch.float64).copy_(x.view(out.shape))
+
+
 def apply_around_padding(
     input: Tensor,
     mask: Tensor | None,

@@ -37,6 +37,10 @@ SCHEMAS = {
     "forward_update_running_": f"(Tensor input, {_AFFINE}, Tensor? mask, {_BUFFERS}, float? momentum,"
     f" bool skip_nonfinite, {_FORM}) -> (Tensor out, Tensor mean, Tensor var, Tensor count)",
     "update_running_once_": f"({_UPDATE}, str refusal) -> ()",
+    "forward_inplace_": f"(Tensor(d!) input, Tensor? weight, Tensor? bias, {_BUFFERS}, float? momentum,"
+    f" bool skip_nonfinite, {_FORM}) -> (Tensor mean, Tensor var, Tensor count)",
+    "backward_inplace": "(Tensor grad_output, Tensor out, Tensor mean, Tensor var, Tensor count, Tensor? weight,"
+    f" Tensor? bias, {_FORM}, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
 }
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
@@ -89,6 +93,23 @@ def _fake_backward(
     )
 
 
+def _fake_forward_inplace_(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _moments(input, cast(int, rest[-1]))
+
+
+def _fake_backward_inplace(
+    grad_output: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return _fake_backward(grad_output, out, mean, var, count, weight, bias, [*rest[-1], False])[:3]
+
+
 def _fake_update_running_(*_: object) -> None:
     return None
 
@@ -103,6 +124,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "update_running_": (fused.update_running_, _fake_update_running_),
     "forward_update_running_": (fused.forward_update_running_, _fake_forward),
     "update_running_once_": (fused.update_running_once_, _fake_update_running_),
+    "forward_inplace_": (fused.forward_inplace_, _fake_forward_inplace_),
+    "backward_inplace": (fused.backward_inplace, _fake_backward_inplace),
 }
 
 _LIBRARY.define("empty_cache() -> int")  # the compiled kernels' own, see extension.empty_cache

@@ -54,6 +54,7 @@ _LAZY: dict[type, type] = {
 _TORCHS = {ours: torchs for kinds in (_OURS, _LAZY) for torchs, ours in kinds.items()}
 _KEYWORDS = (
     "ghost_batch_size", "renorm", "process_group", "nonfinite", "accumulation_steps", "domains", "domain_affine",
+    "inplace",
 )  # fmt: skip
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -91,7 +92,7 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
     Args:
         model: any module.
         **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, `accumulation_steps`, `domains`,
-            `domain_affine`, set on every layer, also on those that were ours already.
+            `domain_affine`, `inplace`, set on every layer, also on those that were ours already.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.

@@ -89,12 +89,20 @@ template <class T, class A, Variant kind> struct Step {
     mem.template store<T, A>(at(s.out, i), out, s.stream);
   }
 
+  static BN_INLINE bool in_place(const Slab& s) { return kind == any && s.restore != 0; }
+  // x, or z again where its activation stands in its place.
+  template <class Lanes> static BN_INLINE X value(const Slab& s, std::int64_t i, Lanes mem) {
+    const X x = mem.template load<T, A>(at(s.x, i));
+    if (!in_place(s)) return x;
+    return x < 0 ? x * static_cast<A>(s.restore) : x;
+  }
+
   template <class Lanes>
-  static BN_INLINE X grad_affine(const Slab& s, const Coefs<A>& c, X centered, std::int64_t i, Lanes mem) {
+  static BN_INLINE X grad_affine(const Slab& s, const Coefs<A>& c, X value, X centered, std::int64_t i, Lanes mem) {
     X grad = mem.template load<T, A>(at(s.grad, i));
     if (kind == plain) return grad;
     loaded(grad);
-    const X z = affine(s, c, centered, i, mem);
+    const X z = in_place(s) ? value : affine(s, c, centered, i, mem);
     const Act act = kind == relu || kind == relu_residual ? Act::relu : s.act;
     return activate_backward<A>(act, z, grad, static_cast<A>(s.negative_slope));
   }
@@ -107,8 +115,9 @@ template <class T, class A, Variant kind> struct Step {
   static BN_INLINE void reduce(const Slab& s, const C& coefs, M<A> real, std::int64_t i, Lanes mem, X (*part)[2]) {
     mem.each([&](auto way) BN_ALWAYS {
       const Coefs<A>& c = coefs.of(way.index);
-      X centered = way.template load<T, A>(at(s.x, i)) - c.center;
-      X dz = way.template keep<A>(grad_affine(s, c, centered, i, way), X{});
+      const X x = value(s, i, way);
+      X centered = x - c.center;
+      X dz = way.template keep<A>(grad_affine(s, c, x, centered, i, way), X{});
       centered = way.template keep<A>(centered, X{});
       if (kind == any_masked) {
         const M<A> use = sound(real, centered);
@@ -125,8 +134,8 @@ template <class T, class A, Variant kind> struct Step {
     X dx[Lanes::units], dr[Lanes::units];
     mem.each([&](auto way) BN_ALWAYS {
       const Coefs<A>& c = coefs.of(way.index);
-      const X centered = way.template load<T, A>(at(s.x, i)) - c.center;
-      X dz = grad_affine(s, c, centered, i, way);
+      const X x = value(s, i, way), centered = x - c.center;
+      X dz = grad_affine(s, c, x, centered, i, way);
       X through = centered * c.slope + c.offset;  // what reaches x through mean and var
       if (kind == any_masked) {
         dz = sound(real, centered) ? dz : X{};
