@@ -14,35 +14,35 @@ class Backward : public JobBase {
 
   std::int64_t partial_size() const { return 2 * width_; }
 
-  void reduce(std::int64_t item, std::int64_t chunk, double* partial) const {
-    Slab s = slab(item, chunk);
+  void reduce(std::int64_t item, std::int64_t chunk, bool fused, double* partial) const {
+    Slab s = slab_to_sum(item, chunk, fused);
     if (sums(coefficients_.use(item, s), s, partial)) return;
     sums(coefficients_.use_wide(item, s), s, partial);
   }
 
-  void finish(std::int64_t item, double* partials) {
-    merge_sums(partials, chunks(item), width_, channels(item));
-    double *dy = row(p_.sum_dy, item), *dy_xmu = row(p_.sum_dy_xmu, item);
+  void finish(std::int64_t item, Channels which, double* partials) {
+    partials += which.first;
+    merge_sums(partials, chunks(item), width_, which.count);
+    double *dy = row(p_.sum_dy, item) + which.first, *dy_xmu = row(p_.sum_dy_xmu, item) + which.first;
     const bool any = chunks(item) > 0;
-    for (std::int64_t k = 0; k < channels(item); ++k) {
+    for (std::int64_t k = 0; k < which.count; ++k) {
+      const std::int64_t channel = which.first + k;
+      const double about_mean = partials[width_ + k] - coefficients_.center_residue(item, channel) * partials[k];
       dy[k] = any ? partials[k] : 0;
-      const double about_mean = partials[width_ + k] - coefficients_.center_residue(item, k) * partials[k];
-      dy_xmu[k] = any ? about_mean / coefficients_.sum_scale(item, k) : 0;
+      dy_xmu[k] = any ? about_mean / coefficients_.sum_scale(item, channel) : 0;
     }
-    set_through(item);
+    set_through(item, which);
   }
 
-  void set_through(std::int64_t item) {
-    if (p_.count) coefficients_.set_through(item, slice(item), channel(item), p_.count[slice(item)]);
+  void set_through(std::int64_t item, Channels which) {
+    if (p_.count) coefficients_.set_through(item, slice(item), channel(item), which, p_.count[slice(item)]);
   }
   void set_through(const Pool& pool) {
-    parallel(pool, items(), items() * width_ < kLeastSums / 4, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) set_through(i);
-    });
+    over_channels(pool, items() * width_ < kLeastSums, [&](std::int64_t item, Channels which) { set_through(item, which); });
   }
 
   void map(std::int64_t item, std::int64_t chunk, bool fused) const {
-    Slab s = slab(item, chunk, fused);
+    Slab s = slab_to_write(item, chunk, fused);
     const Leaf& leaf = coefficients_.use(item, s);
     (p_.channels_last ? leaf.elemt_grid : leaf.elemt_line)[elementwise()](s);
   }

@@ -14,8 +14,8 @@ class Forward : public JobBase {
   std::int64_t partial_size() const { return 3 * width_; }
 
   // partial: what merge_moments takes
-  void reduce(std::int64_t item, std::int64_t chunk, double* partial) {
-    const Slab s = slab(item, chunk);
+  void reduce(std::int64_t item, std::int64_t chunk, bool fused, double* partial) {
+    const Slab s = slab_to_sum(item, chunk, fused);
     const double count = std::max(parts_.count(slice(item), chunk), 1.0);
     const std::int64_t channels = this->channels(item);
     double* shift = partial + 2 * width_;
@@ -27,23 +27,24 @@ class Forward : public JobBase {
     moments(s, channels, count, partial);
   }
 
-  void finish(std::int64_t item, double* partials) {
+  void finish(std::int64_t item, Channels which, double* partials) {
     const std::int64_t at = slice(item), chunks = this->chunks(item);
     std::vector<double> counts(static_cast<std::size_t>(chunks));
     for (std::int64_t c = 0; c < chunks; ++c) counts[static_cast<std::size_t>(c)] = parts_.count(at, c);
-    merge_moments(partials, counts.data(), chunks, width_, channels(item));
+    partials += which.first;
+    merge_moments(partials, counts.data(), chunks, width_, which.count);
     const double n = chunks ? counts[0] : 0;
-    double *mean = row(p_.mean, item), *var = row(p_.var, item);
-    for (std::int64_t k = 0; k < channels(item); ++k) {
+    double *mean = row(p_.mean, item) + which.first, *var = row(p_.var, item) + which.first;
+    for (std::int64_t k = 0; k < which.count; ++k) {
       mean[k] = n > 0 ? partials[2 * width_ + k] + partials[k] : 0;
       var[k] = n > 0 ? partials[width_ + k] / n : 0;
     }
-    if (channel(item) == 0) p_.count[at] = n;
-    coefficients_.set_affine(item, at, channel(item));
+    if (channel(item) + which.first == 0) p_.count[at] = n;
+    coefficients_.set_affine(item, at, channel(item), which);
   }
 
   void map(std::int64_t item, std::int64_t chunk, bool fused) const {
-    Slab s = slab(item, chunk, fused);
+    Slab s = slab_to_write(item, chunk, fused);
     const Leaf& leaf = coefficients_.use(item, s);
     (p_.channels_last ? leaf.apply_grid : leaf.apply_line)[variant_](s);
   }

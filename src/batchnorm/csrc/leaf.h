@@ -34,12 +34,13 @@ struct Slab {
   const void* grad = nullptr;      // grad_output
   const void* residual = nullptr;
   const std::uint8_t* mask = nullptr;  // line: a byte a value; grid: a byte a row
-  void* out = nullptr;             // result of apply; grad_input of elemt (may be null there)
+  void* out = nullptr;             // result of apply; grad_input of elemt (may be null there). Of lines that are summed
+                                   // what the next pass writes, fetched meanwhile; null = it comes later
   void* grad_residual = nullptr;   // may be null
   std::int64_t runs = 0, length = 0, stride = 0, mask_stride = 0;
   std::int64_t turn = 0;           // lines: from a run to the one that is taken next; below 0 = from the last run back
   std::int64_t next = 0;           // of a pass that writes: from a value to what is fetched ahead into the second-level
-                                   // cache, outputs too. A grid's loops set it themselves
+                                   // cache. A grid's loops set it themselves
   std::int64_t channels = 1, channel_stride = 0;  // lines
   const void* coef = nullptr;
   std::int64_t coef_width = 1;     // from one coefficient's values to the next one's
@@ -69,6 +70,11 @@ struct Leaf {
   void (*elemt_grid[kVariants])(const Slab&);
 };
 
+// The coefficients of n adjacent channels and what they are made of, in float64. No weight or bias: null.
+struct ChannelCoefs {
+  double *center, *scale, *shift, *slope, *offset, *residue, *invstd;
+};
+
 // What is done once a channel, in float64, to n adjacent channels.
 struct ChannelKernels {
   // 1/√(var + eps), correctly rounded twice: the same on every instruction set
@@ -81,6 +87,13 @@ struct ChannelKernels {
   // n_b others, whose shift is another one; neither number is 0
   void (*join)(double n_a, double n_b, std::int64_t n, std::int64_t width, double* a, const double* b);
   void (*add)(const double* more, std::int64_t n, double* sums);
+  // invstd to scale, from what stands for the mean (`narrow`: center as a float32, the rest in residue), weight and bias.
+  // True where float32 coefficients, or the differences they multiply, may overflow or lose their digits.
+  bool (*affine)(const double* mean, const double* weight, const double* bias, bool narrow, std::int64_t n, const ChannelCoefs&);
+  // slope and offset, from the sums of so many values (their share is 1 over that); `scaled`: slope times scale too
+  bool (*through)(const double* sum_dy, const double* sum_dy_xmu, double share, bool scaled, std::int64_t n, const ChannelCoefs&);
+  // as float32; of every NaN one without a payload
+  void (*round)(const double* values, std::int64_t n, float* out);
 };
 
 struct Kernels {

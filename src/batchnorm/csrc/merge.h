@@ -1,6 +1,6 @@
 // Putting the chunks' results together, in pairs, pairs of pairs and so on: the order depends on their number alone,
-// and the error grows with its logarithm. Each chunk has rows of `width` values, the first `c` of which are there.
-// Afterwards chunk 0 holds the result.
+// and the error grows with its logarithm. Each chunk has rows of `width` values, of which `c` are put together from the
+// pointer on. Afterwards chunk 0 holds the result.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,8 @@ inline void merge_moments(double* chunk, double* count, std::int64_t chunks, std
     for (std::int64_t i = 0; i + step < chunks; i += 2 * step) {
       double *a = chunk + 3 * width * i, *b = chunk + 3 * width * (i + step);
       if (count[i + step] == 0) continue;
-      if (count[i] == 0) std::copy(b, b + 3 * width, a);
+      if (count[i] == 0)
+        for (std::int64_t row = 0; row < 3; ++row) std::copy_n(b + row * width, c, a + row * width);
       else kernels().channels.join(count[i], count[i + step], c, width, a, b);
       count[i] += count[i + step];
     }

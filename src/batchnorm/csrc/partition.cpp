@@ -11,18 +11,18 @@ constexpr std::int64_t kChunk = 8192;
 // whose five tensors would drive each other out of the caches, fewer. No sum depends on it.
 constexpr std::int64_t kStretch = 4096, kStretchOfFive = 3072;
 // Channels last: values of all channels in one chunk, the rows that this may come to, and the fewest to even out at.
-constexpr std::int64_t kGridChunk = 131072, kLeastRows = 128, kMostRows = 4096, kEvenRows = 96;
+constexpr std::int64_t kGridChunk = 262144, kLeastRows = 128, kMostRows = 4096, kEvenRows = 96;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a chunk, channels last: all chunks alike, and eight at a time where they do not become too short. Seven
+// Rows of a chunk, channels last: all chunks alike, and by sixteens or eights where they do not become too short. Seven
 // would give two threads four and three, and the last of them may be next to nothing.
 std::int64_t even_rows(std::int64_t rows, std::int64_t channels) {
   const std::int64_t most = std::clamp(kGridChunk / std::max<std::int64_t>(channels, 1), kLeastRows, kMostRows);
   const std::int64_t chunks = std::max<std::int64_t>(ceil_div(rows, most), 1);
-  for (std::int64_t together = 8; together > 1; together /= 2) {
+  for (std::int64_t together = 16; together > 1; together /= 2) {
     const std::int64_t even = ceil_div(rows, ceil_div(chunks, together) * together);
-    if (even >= kEvenRows) return even;
+    if (even >= (together > 8 ? 2 * kEvenRows : kEvenRows)) return even;
   }
   return std::max<std::int64_t>(ceil_div(rows, chunks), 1);
 }

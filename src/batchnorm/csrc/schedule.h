@@ -13,8 +13,8 @@
 namespace bn {
 
 // A job has: items(), chunks(item), most_chunks(), partial_size() and work() (values touched);
-//   reduce(item, chunk, partial)  one chunk's sums
-//   finish(item, partials)        all chunks' sums put together; what follows from them
+//   reduce(item, chunk, fused, partial)  one chunk's sums; `fused`: the item's map follows
+//   finish(item, channels, partials)  all chunks' sums of some channels put together; what follows from them
 //   map(item, chunk, fused)       one chunk's output; `fused`: right after the item's sums, from its last chunk back
 struct Steps {
   bool reduce, map;
@@ -23,7 +23,9 @@ struct Steps {
 // Below this many values a second thread costs more than it brings.
 constexpr std::int64_t kLeastWork = 65536;
 // The same for sums to be put together: waking the threads takes longer than a few thousand additions.
-constexpr std::int64_t kLeastSums = 65536;
+constexpr std::int64_t kLeastSums = 16384;
+// Channels that are finished at once: their sums of all chunks are to stay in cache, and there is to be some for each thread.
+constexpr std::int64_t kFinishedAtOnce = 128;
 
 template <class F> void parallel(const Pool& pool, std::int64_t count, bool alone, const F& f) {
   if (alone || pool.threads < 2 || count < 2) return f(0, count);
@@ -49,8 +51,8 @@ template <class Job> void run_items(Job& job, const Pool& pool, Steps steps, boo
     const auto partials = room(job.most_chunks() * job.partial_size());
     for (std::int64_t item = begin; item < end; ++item) {
       const std::int64_t chunks = job.chunks(item);
-      for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, partials.get() + c * job.partial_size());
-      job.finish(item, partials.get());
+      for (std::int64_t c = 0; c < chunks; ++c) job.reduce(item, c, steps.map, partials.get() + c * job.partial_size());
+      job.finish(item, job.all_channels(item), partials.get());
       // backwards: what was read last is the likeliest to be in cache
       for (std::int64_t c = chunks; steps.map && c-- > 0;) job.map(item, c, true);
     }
@@ -69,11 +71,11 @@ template <class Job> void run_passes(Job& job, const Pool& pool, Steps steps, bo
     parallel(pool, units, alone, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t u = begin; u < end; ++u) {
         const std::int64_t item = item_of(u), chunk = chunk_of(u);
-        if (chunk < job.chunks(item)) job.reduce(item, chunk, partials.get() + (item * most + chunk) * size);
+        if (chunk < job.chunks(item)) job.reduce(item, chunk, false, partials.get() + (item * most + chunk) * size);
       }
     });
-    parallel(pool, job.items(), alone || units * size < kLeastSums, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t item = begin; item < end; ++item) job.finish(item, partials.get() + item * most * size);
+    job.over_channels(pool, alone || units * size < kLeastSums, [&](std::int64_t item, Channels which) {
+      job.finish(item, which, partials.get() + item * most * size);
     });
   }
   if (!steps.map) return;
@@ -112,16 +114,34 @@ class JobBase {
 
   // Coefficients that need no reduction first.
   void set_affine(const Pool& pool) {
-    parallel(pool, items(), items() * width_ < kLeastSums / 4, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) coefficients_.set_affine(i, slice(i), channel(i));
+    over_channels(pool, items() * width_ < kLeastSums, [&](std::int64_t i, Channels which) {
+      coefficients_.set_affine(i, slice(i), channel(i), which);
+    });
+  }
+
+  Channels all_channels(std::int64_t item) const { return {0, channels(item)}; }
+
+  // Calls f(item, some of its channels) for all.
+  template <class F> void over_channels(const Pool& pool, bool alone, const F& f) const {
+    const std::int64_t parts = width_ ? (width_ + kFinishedAtOnce - 1) / kFinishedAtOnce : 0;
+    parallel(pool, items() * parts, alone, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t u = begin; u < end; ++u) {
+        const std::int64_t item = u / parts, first = u % parts * kFinishedAtOnce, left = channels(item) - first;
+        if (left > 0) f(item, Channels{first, std::min(left, kFinishedAtOnce)});
+      }
     });
   }
 
  protected:
-  Slab slab(std::int64_t item, std::int64_t chunk) const { return parts_.slab(slice(item), chunk, channel(item)); }
+  // Of a pass that sums; `fused`: the pass that writes the item is next.
+  Slab slab_to_sum(std::int64_t item, std::int64_t chunk, bool fused) const {
+    Slab s = parts_.slab(slice(item), chunk, channel(item));
+    if (!fused || stream_ || p_.channels_last) s.out = s.grad_residual = nullptr;
+    return s;
+  }
   // Of a pass that writes; `fused`: the item's own first pass has just been here, the next item's is to come.
-  Slab slab(std::int64_t item, std::int64_t chunk, bool fused) const {
-    Slab s = slab(item, chunk);
+  Slab slab_to_write(std::int64_t item, std::int64_t chunk, bool fused) const {
+    Slab s = parts_.slab(slice(item), chunk, channel(item));
     s.stream = stream_;
     if (p_.channels_last) return s;
     if (fused) {

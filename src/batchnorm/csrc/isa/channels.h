@@ -85,8 +85,71 @@ inline void add_all(const double* more, std::int64_t n, double* sums) {
   });
 }
 
+template <class X> BN_INLINE X magnitude_of(X x) { return x < 0 ? -x : x; }
+
+// To float32 and back: what the loops will make of it.
+BN_INLINE double as_float(double v) { return static_cast<double>(static_cast<float>(v)); }
+BN_INLINE VD as_float(VD v) { return wide(rounded(v)); }
+
+// Outside these float32 coefficients, or the differences they multiply, may overflow or lose their digits.
+constexpr double kLargest = 1e25, kLargestCenter = 1e30, kLeastSlope = 1e-36;
+
+// Whether a lane of any of the vectors, or the last channels, is set.
+struct AnyLane {
+  VL lanes = {};
+  bool last = false;
+  BN_INLINE void note(VL found) { lanes |= found; }
+  BN_INLINE void note(bool found) { last |= found; }
+  bool any() const { return last || some<double>(lanes); }
+};
+
+inline bool affine_all(const double* mean, const double* weight, const double* bias, bool narrow, std::int64_t n, const ChannelCoefs& c) {
+  AnyLane beyond;
+  over_channels(n, [&](std::int64_t k, auto x) BN_ALWAYS {
+    using X = decltype(x);
+    const X whole = load_as<X>(mean + k), center = narrow ? as_float(whole) : whole, rest = whole - center;
+    const X residue = center - center == 0 ? rest : X{};
+    const X invstd = load_as<X>(c.invstd + k), scale = weight ? load_as<X>(weight + k) * invstd : invstd;
+    const X shift = fused(-residue, scale, bias ? load_as<X>(bias + k) : X{});
+    store_as(c.center + k, center);
+    store_as(c.residue + k, residue);
+    store_as(c.scale + k, scale);
+    store_as(c.shift + k, shift);
+    beyond.note((invstd > kLargest) | (invstd < 1 / kLargest) | (magnitude_of(scale) > kLargest) |
+                (magnitude_of(center) > kLargestCenter) | (magnitude_of(shift) > kLargestCenter));
+  });
+  return beyond.any();
+}
+
+inline bool through_all(const double* sum_dy, const double* sum_dy_xmu, double share, bool scaled, std::int64_t n, const ChannelCoefs& c) {
+  AnyLane beyond;
+  over_channels(n, [&](std::int64_t k, auto x) BN_ALWAYS {
+    using X = decltype(x);
+    const X invstd = load_as<X>(c.invstd + k), scale = load_as<X>(c.scale + k);
+    const X squared = -load_as<X>(sum_dy_xmu + k) * share * invstd * invstd, slope = scaled ? squared * scale : squared;
+    const X offset = fused(-load_as<X>(c.residue + k), slope, -load_as<X>(sum_dy + k) * share * scale);
+    store_as(c.slope + k, slope);
+    store_as(c.offset + k, offset);
+    const X size = magnitude_of(slope);
+    beyond.note((size > kLargest) | (magnitude_of(offset) > kLargestCenter) | ((slope != 0) & (size < kLeastSlope) & (invstd < 1)));
+  });
+  return beyond.any();
+}
+
+inline void round_all(const double* values, std::int64_t n, float* out) {
+  constexpr int w = lanes<double>();
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  std::int64_t i = 0;
+  for (; i + w <= n; i += w) {
+    const VD v = load_as<VD>(values + i);
+    const HalfF f = rounded(v == v ? v : VD{} + nan);
+    std::memcpy(out + i, &f, sizeof f);
+  }
+  for (; i < n; ++i) out[i] = static_cast<float>(values[i] == values[i] ? values[i] : nan);
+}
+
 inline ChannelKernels channel_kernels() {
-  return {&invstd_all, &finite_or_zero, &all_finite, &settle_all, &join_all, &add_all};
+  return {&invstd_all, &finite_or_zero, &all_finite, &settle_all, &join_all, &add_all, &affine_all, &through_all, &round_all};
 }
 
 }  // namespace BN_ISA

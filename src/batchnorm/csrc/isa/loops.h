@@ -122,6 +122,7 @@ template <class T, class A> struct Moments {
     const T* x = static_cast<const T*>(s.x) + start;
     const auto read = [&](std::int64_t i, std::int64_t far, auto mem) BN_ALWAYS {
       ahead(x + i, far);
+      if (s.out) far_ahead(static_cast<const T*>(s.out) + start, i);
       if constexpr (masked || std::is_same_v<decltype(mem), Part>) {
         V<A> v = mem.template load<T, A>(x + i);
         if constexpr (shifts) v = mem.template keep<A>(v, neutral);
@@ -263,7 +264,8 @@ template <class T, class A, Variant kind> struct Loops {
         [&](std::int64_t start, std::int64_t mask, std::int64_t k, Block<A, 2>& block) BN_ALWAYS {
           const auto c = coefs_line<A>(s, k);
           over_strands<A, Way>(s.length, next, block, [&](std::int64_t i, std::int64_t far, V<A>(*part)[2], auto mem) BN_ALWAYS {
-            Do::prefetch(s, start + i, far, true);
+            Do::prefetch_read(s, start + i, far, true);
+            Do::prefetch_out(s, start + i, 0);
             Do::reduce(s, c, real_line(s, mask + i, mem), start + i, mem, part);
           });
         },

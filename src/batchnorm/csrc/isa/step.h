@@ -44,11 +44,14 @@ template <class T, class A, Variant kind> struct Step {
   static BN_INLINE bool reads_residual(const Slab& s) {
     return kind == relu_residual || ((kind == any || kind == any_masked) && s.residual);
   }
-  // `far` values from here stands what this loop will want soon.
-  static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
+  static BN_INLINE void prefetch_read(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
     ahead(at(s.x, i), far);
     if (backward) ahead(at(s.grad, i), far);
     if (reads_residual(s)) ahead(at(s.residual, i), far);
+  }
+  // `far` values from here stands what this loop will want soon.
+  static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
+    prefetch_read(s, i, far, backward);
     if (s.stream) return;
     if (s.out) ahead_to_write(at(s.out, i), far);
     if (backward && (kind == relu_residual || s.grad_residual)) ahead_to_write(at(s.grad_residual, i), far);
@@ -59,9 +62,12 @@ template <class T, class A, Variant kind> struct Step {
     far_ahead(at(s.x, i), s.next);
     if (backward) far_ahead(at(s.grad, i), s.next);
     if (reads_residual(s)) far_ahead(at(s.residual, i), s.next);
-    if (s.stream) return;
-    if (s.out) far_ahead(at(s.out, i), s.next);
-    if (backward && (kind == relu_residual || s.grad_residual)) far_ahead(at(s.grad_residual, i), s.next);
+    const bool fetched = s.stream || s.turn < 0;  // a fused kernel's first pass did it, when memory had less to do
+    if (!fetched) prefetch_out(s, i, s.next);
+  }
+  static BN_INLINE void prefetch_out(const Slab& s, std::int64_t i, std::int64_t far) {
+    if (s.out) far_ahead(at(s.out, i), far);
+    if (s.grad_residual) far_ahead(at(s.grad_residual, i), far);
   }
   template <int columns> static BN_INLINE void prefetch_row(const Slab& s, std::int64_t i) {
     ahead_row<T, A, columns>(at(s.x, 0), i);
