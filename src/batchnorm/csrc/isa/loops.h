@@ -54,7 +54,8 @@ template <class T> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
   return long_rows<T>(s) ? far / 4 : rows > far ? rows : far;
 }
 
-// How far ahead to fetch into the second-level cache: beyond that and the rows that are taken at a time.
+// How far ahead to fetch into the second-level cache: beyond that and the rows that are taken at a time. From there a
+// grid's values come fast enough (where outputs are streamed it was not tried); a line to be written the first cache must have.
 template <class T> BN_INLINE std::int64_t deep_rows(const Slab& s) {
   constexpr std::int64_t far = kDeepBytes / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t soon = kRows * s.stride + ahead_rows<T>(s);
@@ -217,8 +218,9 @@ template <class T, class A, Variant kind> struct Loops {
     over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto c = coefs_line<A>(s, k);
       over_run<T, A, Way>(s, start, mask, ahead_stretch<T>(s, k, next), [&](std::int64_t i, std::int64_t, std::int64_t far, auto mem) BN_ALWAYS {
-        Do::prefetch(s, i, far, false);
-        if (s.next) Do::prefetch_next(s, i, false);
+        Do::prefetch_read(s, i, far, false);
+        if (!s.stream) Do::prefetch_write(s, i, far, false);
+        if (s.next) Do::template prefetch_next<true>(s, i, false);
         Do::apply(s, c, i, mem);
       });
     });
@@ -228,8 +230,9 @@ template <class T, class A, Variant kind> struct Loops {
     s.next = deep_rows<T>(s);
     const std::int64_t far = ahead_rows<T>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t, const auto& c, auto mem) BN_ALWAYS {
-      Do::prefetch(s, i, far, false);
-      Do::prefetch_next(s, i, false);
+      if (s.stream) Do::prefetch_read(s, i, far, false);
+      else Do::prefetch_write(s, i, far, false);
+      Do::template prefetch_next<false>(s, i, false);
       Do::apply(s, c, i, mem);
     });
   }
@@ -239,8 +242,9 @@ template <class T, class A, Variant kind> struct Loops {
     over_runs(s, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto c = coefs_line<A>(s, k);
       over_run<T, A, Way>(s, start, mask, ahead_stretch<T>(s, k, next), [&](std::int64_t i, std::int64_t m, std::int64_t far, auto mem) BN_ALWAYS {
-        Do::prefetch(s, i, far, true);
-        if (s.next) Do::prefetch_next(s, i, true);
+        Do::prefetch_read(s, i, far, true);
+        if (!s.stream) Do::prefetch_write(s, i, far, true);
+        if (s.next) Do::template prefetch_next<true>(s, i, true);
         Do::elemt(s, c, real_line(s, m, mem), i, mem);
       });
     });
@@ -250,8 +254,9 @@ template <class T, class A, Variant kind> struct Loops {
     s.next = deep_rows<T>(s);
     const std::int64_t far = ahead_rows<T>(s);
     over_grid<T, A>(s, [&](std::int64_t i, std::int64_t r, const auto& c, auto mem) BN_ALWAYS {
-      Do::prefetch(s, i, far, true);
-      Do::prefetch_next(s, i, true);
+      if (s.stream) Do::prefetch_read(s, i, far, true);
+      else Do::prefetch_write(s, i, far, true);
+      Do::template prefetch_next<false>(s, i, true);
       Do::elemt(s, c, real_grid(s, r), i, mem);
     });
   }
@@ -265,7 +270,7 @@ template <class T, class A, Variant kind> struct Loops {
           const auto c = coefs_line<A>(s, k);
           over_strands<A, Way>(s.length, next, block, [&](std::int64_t i, std::int64_t far, V<A>(*part)[2], auto mem) BN_ALWAYS {
             Do::prefetch_read(s, start + i, far, true);
-            Do::prefetch_out(s, start + i, 0);
+            Do::prefetch_out(s, start + i);
             Do::reduce(s, c, real_line(s, mask + i, mem), start + i, mem, part);
           });
         },

@@ -41,33 +41,38 @@ template <class T, class A, Variant kind> struct Step {
   static BN_INLINE const T* at(const void* base, std::int64_t i) { return static_cast<const T*>(base) + i; }
   static BN_INLINE T* at(void* base, std::int64_t i) { return static_cast<T*>(base) + i; }
 
+  static constexpr bool general = kind == any || kind == any_masked;
   static BN_INLINE bool reads_residual(const Slab& s) {
-    return kind == relu_residual || ((kind == any || kind == any_masked) && s.residual);
+    return kind == relu_residual || (general && s.residual);
   }
+  static BN_INLINE bool writes_out(const Slab& s) { return !general || s.out; }  // of the two one may be missing
+  static BN_INLINE bool writes_grad_residual(const Slab& s) { return kind == relu_residual || (general && s.grad_residual); }
+
+  // `far` values from here stands what this loop will want soon, to read or to write.
   static BN_INLINE void prefetch_read(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
     ahead(at(s.x, i), far);
     if (backward) ahead(at(s.grad, i), far);
     if (reads_residual(s)) ahead(at(s.residual, i), far);
   }
-  // `far` values from here stands what this loop will want soon.
-  static BN_INLINE void prefetch(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
-    prefetch_read(s, i, far, backward);
-    if (s.stream) return;
-    if (s.out) ahead_to_write(at(s.out, i), far);
-    if (backward && (kind == relu_residual || s.grad_residual)) ahead_to_write(at(s.grad_residual, i), far);
+  static BN_INLINE void prefetch_write(const Slab& s, std::int64_t i, std::int64_t far, bool backward) {
+    if (writes_out(s)) ahead_to_write(at(s.out, i), far);
+    if (backward && writes_grad_residual(s)) ahead_to_write(at(s.grad_residual, i), far);
   }
   // `s.next` values from here stands what this loop or the next item's passes will want later. Lines to be written are
   // fetched like the others: memory takes longer to bring them than one cache has requests to wait with.
-  static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {
+  template <bool line> static BN_INLINE void prefetch_next(const Slab& s, std::int64_t i, bool backward) {
     far_ahead(at(s.x, i), s.next);
     if (backward) far_ahead(at(s.grad, i), s.next);
     if (reads_residual(s)) far_ahead(at(s.residual, i), s.next);
-    const bool fetched = s.stream || s.turn < 0;  // a fused kernel's first pass did it, when memory had less to do
-    if (!fetched) prefetch_out(s, i, s.next);
+    const bool fetched = line && s.turn < 0;  // a fused kernel's first pass did it, when memory had less to do
+    if (s.stream || fetched) return;
+    if (writes_out(s)) far_ahead(at(s.out, i), s.next);
+    if (backward && writes_grad_residual(s)) far_ahead(at(s.grad_residual, i), s.next);
   }
-  static BN_INLINE void prefetch_out(const Slab& s, std::int64_t i, std::int64_t far) {
-    if (s.out) far_ahead(at(s.out, i), far);
-    if (s.grad_residual) far_ahead(at(s.grad_residual, i), far);
+  // What the pass after this one writes.
+  static BN_INLINE void prefetch_out(const Slab& s, std::int64_t i) {
+    if (s.out) far_ahead(at(s.out, i), 0);
+    if (s.grad_residual) far_ahead(at(s.grad_residual, i), 0);
   }
   template <int columns> static BN_INLINE void prefetch_row(const Slab& s, std::int64_t i) {
     ahead_row<T, A, columns>(at(s.x, 0), i);
@@ -150,9 +155,8 @@ template <class T, class A, Variant kind> struct Step {
       dx[way.index] = dz * c.scale + through;
       dr[way.index] = dz;
     });
-    const bool some = kind == any || kind == any_masked;  // of the two may be missing
-    if (!some || s.out) mem.template store<T, A>(at(s.out, i), dx, s.stream);
-    if (kind == relu_residual || (some && s.grad_residual)) mem.template store<T, A>(at(s.grad_residual, i), dr, s.stream);
+    if (writes_out(s)) mem.template store<T, A>(at(s.out, i), dx, s.stream);
+    if (writes_grad_residual(s)) mem.template store<T, A>(at(s.grad_residual, i), dr, s.stream);
   }
 };
 
