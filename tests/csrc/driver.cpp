@@ -66,6 +66,24 @@ struct Case {
   Act act;
 };
 
+// The output over the input and the gradient told from it, after the same out of place.
+std::vector<double> run_in_place(const Case& k, Problem p, const Pool& pool, const std::vector<double>& want_out,
+                                 const std::vector<double>& want_dx) {
+  Buffer x(k.type, k.n * k.c * k.s), dx(k.type, x.n);
+  x.fill(1);
+  const void* const grad = p.grad;
+  p.x = p.out = x.data(), p.grad = nullptr;
+  forward(p, pool);
+  require(want_out == x.values(), "in place differs from forward");
+  p.grad = grad, p.out = dx.data(), p.in_place = true;
+  backward(p, pool);
+  const double rounding = k.type == Dtype::f64 ? 1e-9 : k.type == Dtype::f32 ? 1e-4 : 0.2;
+  const auto found = dx.values();
+  for (std::size_t i = 0; i < found.size(); ++i)
+    require(std::fabs(found[i] - want_dx[i]) < rounding * (1 + std::fabs(want_dx[i])), "gradient told from the output");
+  return found;
+}
+
 std::vector<std::vector<double>> run_case(const Case& k, int threads) {
   threads_in_use = threads;
   Pool pool;
@@ -97,7 +115,10 @@ std::vector<std::vector<double>> run_case(const Case& k, int threads) {
   backward_reduce(p, pool);
   backward_elemt(p, pool);
   require(grad_input == dx.values(), "backward_elemt differs from backward");
-  return {forward_out, mean, var, count, grad_input, dr.values(), dy, dyx};
+  std::vector<double> in_place;
+  if (!k.masked && !k.residual && (k.act == Act::none || k.act == Act::leaky_relu))
+    in_place = run_in_place(k, p, pool, forward_out, grad_input);
+  return {forward_out, mean, var, count, grad_input, dr.values(), dy, dyx, in_place};
 }
 
 // Mean and variance of channel 0 of the first slice, from the definition.
@@ -149,7 +170,7 @@ int main() {
         for (const bool masked : {false, true})
           for (const bool residual : {false, true})
             for (const Dtype type : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-              const Act acts[] = {Act::relu, Act::none, Act::silu, Act::relu, Act::tanh};  // in turn over the cases
+              const Act acts[] = {Act::relu, Act::none, Act::silu, Act::leaky_relu, Act::tanh};  // in turn over the cases
               const bool large = shape[0] > 100;  // for the threads
               if (large && (slice || residual || type == Dtype::f16)) continue;
               const Case k{shape[0], shape[1], shape[2], slice, last && shape[1] > 1, masked, residual, type, acts[cases % 5]};
@@ -163,7 +184,7 @@ int main() {
   // beyond the last-level cache, where outputs are streamed and the next channel is read ahead
   for (const bool last : {false, true})
     for (const bool residual : {false, true}) {
-      const Case k{20, 32, 10007, 0, last, false, residual, Dtype::f32, Act::relu};
+      const Case k{20, 32, 10007, 0, last, false, residual, Dtype::f32, residual ? Act::relu : Act::leaky_relu};
       const auto one = run_case(k, 1);
       check_moments(k, one);
       const auto two = run_case(k, 2);
