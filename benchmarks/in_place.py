@@ -1,7 +1,8 @@
-"""What `inplace=True` saves: `python benchmarks/in_place.py` (a minute; its table stands in docs/in-place.md).
+"""What `inplace=True` saves: `python benchmarks/in_place.py` (two minutes; its table stands in docs/in-place.md).
 
-One training step of a chain of convolution, batch normalization and leaky ReLU, each contender in a process of its own:
-what the step adds to the process's memory at its highest, and the median time of a step.
+One training step of a chain of convolution, batch normalization and leaky ReLU, each contender in three processes
+of its own: what the step adds to the process's memory at its highest, and the median time of a step; medians of the
+three, since the allocator's habits differ from process to process.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def measure(contender: str) -> dict[str, float]:
     step()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     times = []
-    for _ in range(15):
+    for _ in range(9):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
@@ -61,8 +62,9 @@ def main() -> None:
     print("| network | peak MiB | tensors | ms a step |\n|---|---|---|---|")
     for contender in CONTENDERS:
         command = [sys.executable, __file__, contender]
-        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-        print(f"| {contender} | {found['peak']:.0f} | {found['peak'] / tensor:.1f} | {found['seconds'] * 1e3:.0f} |")
+        runs = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
+        peak, seconds = (median(run[key] for run in runs) for key in ("peak", "seconds"))
+        print(f"| {contender} | {peak:.0f} | {peak / tensor:.1f} | {seconds * 1e3:.0f} |")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ struct Leaf {
   void (*elemt_grid[kVariants])(const Slab&);
 };
 
-// The coefficients of n adjacent channels and what they are made of, in float64. No weight or bias: null.
+// The coefficients of adjacent channels, and what they are made of, in float64.
 struct ChannelCoefs {
   double *center, *scale, *shift, *slope, *offset, *residue, *invstd;
 };
@@ -87,8 +87,8 @@ struct ChannelKernels {
   // n_b others, whose shift is another one; neither number is 0
   void (*join)(double n_a, double n_b, std::int64_t n, std::int64_t width, double* a, const double* b);
   void (*add)(const double* more, std::int64_t n, double* sums);
-  // invstd to scale, from what stands for the mean (`narrow`: center as a float32, the rest in residue), weight and bias.
-  // True where float32 coefficients, or the differences they multiply, may overflow or lose their digits.
+  // invstd to scale, from what stands for the mean (`narrow`: center as a float32, the rest in residue), weight and bias
+  // (null: 1 and 0). True where float32 coefficients, or the differences they multiply, may overflow or lose their digits.
   bool (*affine)(const double* mean, const double* weight, const double* bias, bool narrow, std::int64_t n, const ChannelCoefs&);
   // slope and offset, from the sums of so many values (their share is 1 over that); `scaled`: slope times scale too
   bool (*through)(const double* sum_dy, const double* sum_dy_xmu, double share, bool scaled, std::int64_t n, const ChannelCoefs&);

@@ -55,7 +55,7 @@ template <class T> BN_INLINE std::int64_t ahead_rows(const Slab& s) {
 }
 
 // How far ahead to fetch into the second-level cache: beyond that and the rows that are taken at a time. From there a
-// grid's values come fast enough (where outputs are streamed it was not tried); a line to be written the first cache must have.
+// grid's values come fast enough (not so where outputs are streamed); a line to be written the first cache must have.
 template <class T> BN_INLINE std::int64_t deep_rows(const Slab& s) {
   constexpr std::int64_t far = kDeepBytes / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t soon = kRows * s.stride + ahead_rows<T>(s);

@@ -339,16 +339,12 @@ typedef float HalfF __attribute__((vector_size(kBytes / 2)));
 typedef std::uint32_t HalfU32 __attribute__((vector_size(kBytes / 2)));
 #if BN_VECTOR_BYTES == 64
 BN_INLINE HalfF rounded(VD v) { return bits<HalfF>(_mm512_cvtpd_ps(bits<__m512d>(v))); }
-#elif BN_VECTOR_BYTES == 32
-BN_INLINE HalfF rounded(VD v) { return bits<HalfF>(_mm256_cvtpd_ps(bits<__m256d>(v))); }
-#else
-BN_INLINE HalfF rounded(VD v) { return HalfF{static_cast<float>(v[0]), static_cast<float>(v[1])}; }
-#endif
-#if BN_VECTOR_BYTES == 64
 BN_INLINE VD wide(HalfF v) { return bits<VD>(_mm512_cvtps_pd(bits<__m256>(v))); }
 #elif BN_VECTOR_BYTES == 32
+BN_INLINE HalfF rounded(VD v) { return bits<HalfF>(_mm256_cvtpd_ps(bits<__m256d>(v))); }
 BN_INLINE VD wide(HalfF v) { return bits<VD>(_mm256_cvtps_pd(bits<__m128>(v))); }
 #else
+BN_INLINE HalfF rounded(VD v) { return HalfF{static_cast<float>(v[0]), static_cast<float>(v[1])}; }
 BN_INLINE VD wide(HalfF v) { return VD{v[0], v[1]}; }
 #endif
 
