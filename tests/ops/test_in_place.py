@@ -302,6 +302,36 @@ def test_a_converted_network_trains_the_same():
         close(b.double(), a.double(), torch.float64, 1e3)
 
 
+class PreActivation(nn.Module):
+    """Its shortcut reads what the normalization reads; written over, it would add the wrong thing in silence."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.conv(self.norm(x))
+
+
+def test_convert_allows_it_only_where_nobody_else_reads_the_input():
+    shared, watched = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+    watched.register_forward_hook(lambda module, args, out: None)
+    model = nn.Sequential(
+        PreActivation(),
+        nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared),
+        nn.Sequential(watched, nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.LeakyReLU()),
+        nn.Sequential(nn.Flatten(), nn.Linear(75, 4), nn.BatchNorm1d(4)),
+    )
+    found = [name for name, m in convert(model, inplace=True).named_modules() if getattr(m, "inplace", False)]
+    assert found == ["4.1", "5.2"]
+    x = torch.randn(4, 3, 5, 5)
+    model[0].norm.inplace = False
+    assert torch.isfinite(model(x)).all()
+
+
 def test_a_recomputed_segment_counts_once_and_is_the_same():
     x, grads = random(8, 3, 9, 9), []
     for how in (None, True, False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,11 @@ _ACTIVATIONS: dict[type, str] = {
     nn.Tanh: "tanh",
 }
 
+# Their output is theirs alone until the next module has it, and their own backward needs no more of it.
+_SOURCES = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
+
 
 class _Absorbed(nn.Identity):
     """Stands where an activation stood that the batch normalization before it has taken in."""
@@ -92,7 +98,8 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
     Args:
         model: any module.
         **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, `accumulation_steps`, `domains`,
-            `domain_affine`, `inplace`, set on every layer, also on those that were ours already.
+            `domain_affine`, set on every layer, also on those that were ours already. `inplace=True` is set where a
+            layer follows a convolution or linear layer in an `nn.Sequential`: elsewhere others may read its input too.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.
@@ -107,10 +114,13 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
     if unknown:
         raise UserError(f"convert: unknown keyword {unknown[0]}; it takes {', '.join(_KEYWORDS)}")
     BatchNorm2d(1, **keywords)  # checks the values before anything changes
+    inplace = keywords.pop("inplace", False)
     plan, left = _plan_convert(model, keywords)
     done = replace_all(model, plan)
     _convert_lazy(done.root, keywords)
     _absorb_activations(done.root)
+    if inplace:
+        _allow_inplace(done.root)
     if left:
         warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
     return done.root
@@ -177,17 +187,35 @@ def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
     return new
 
 
-def _absorb_activations(root: nn.Module) -> None:
-    places = Counter(child for holder in root.modules() for child in holder._modules.values() if child is not None)
+def _neighbours(root: nn.Module) -> Iterator[tuple[nn.Module, Any, str, Any]]:
+    """Yields (holder, module, name, the next one) for modules of which the second surely gets the first's output, and
+    the second's name in the holder."""
     for holder in list(root.modules()):
-        if type(holder).forward is not nn.Sequential.forward:
-            continue
-        children: list[tuple[str, Any]] = list(holder._modules.items())
-        for (_, norm), (name, activation) in pairwise(children):
-            if norm is not None and activation is not None and _may_absorb(norm, activation, places):
-                norm.activation = _ACTIVATIONS[type(activation)]
-                norm.negative_slope = getattr(activation, "negative_slope", 0.01)
-                holder._modules[name] = _Absorbed(activation)
+        if type(holder).forward is nn.Sequential.forward:
+            children: list[tuple[str, Any]] = [(n, child) for n, child in holder._modules.items() if child is not None]
+            for (_, first), (name, second) in pairwise(children):
+                yield holder, first, name, second
+
+
+def _places(root: nn.Module) -> Counter[nn.Module]:
+    return Counter(child for holder in root.modules() for child in holder._modules.values() if child is not None)
+
+
+def _absorb_activations(root: nn.Module) -> None:
+    places = _places(root)
+    for holder, norm, name, activation in _neighbours(root):
+        if _may_absorb(norm, activation, places):
+            norm.activation = _ACTIVATIONS[type(activation)]
+            norm.negative_slope = getattr(activation, "negative_slope", 0.01)
+            holder._modules[name] = _Absorbed(activation)
+
+
+def _allow_inplace(root: nn.Module) -> None:
+    """Not where the layer also stands elsewhere, and not where a hook looks at what is between the two."""
+    places = _places(root)
+    for _, source, _, norm in _neighbours(root):
+        if thawed_class(type(norm)) in _TORCHS and type(source) in _SOURCES and places[norm] == 1:
+            norm.inplace = not (source._forward_hooks or norm._forward_pre_hooks)
 
 
 def _may_absorb(norm: Any, activation: nn.Module, places: Counter[nn.Module]) -> bool:
