@@ -101,7 +101,7 @@ class JobBase {
   // Of how many tensors it reads and writes.
   JobBase(const Problem& p, std::int64_t inputs, std::int64_t outputs)
       : p_(p), parts_(p), width_(parts_.width()), coefficients_(p, items(), width_),
-        stream_(outputs && exceeds_cache(p, inputs + outputs) && whole_lines(p)) {}
+        stream_(outputs && p.out != p.x && exceeds_cache(p, inputs + outputs) && whole_lines(p)) {}
 
   std::int64_t items() const { return p_.rows() * parts_.items_a_slice(); }
   std::int64_t items_a_slice() const { return parts_.items_a_slice(); }
@@ -159,7 +159,8 @@ class JobBase {
   }
   double* row(double* rows, std::int64_t item) const { return rows + slice(item) * p_.c + channel(item); }
 
-  // Such outputs are written around the caches, without a read for ownership: nobody finds them there anyhow.
+  // Such outputs are written around the caches, without a read for ownership: nobody finds them there anyhow. Not over
+  // x, whose lines are there and owned: throwing them out first costs more than it saves.
   static bool exceeds_cache(const Problem& p, std::int64_t tensors);
   // Whether most stores are whole cache lines.
   static bool whole_lines(const Problem& p);
