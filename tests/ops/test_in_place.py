@@ -71,26 +71,12 @@ def test_a_tensor_beyond_the_cache_is_written_over_too(threads):
     try:
         input, grad_output = random(16, 64, 96, 96, dtype=torch.float32), random(16, 64, 96, 96, dtype=torch.float32)
         weight, bias = vectors(64, torch.float32)
-        want = OPS.forward(input, weight, bias, None, None, 1e-5, "leaky_relu", 0.1, 0)
-        plain = OPS.backward(
-            grad_output,
-            input,
-            *want[1:],
-            weight,
-            bias,
-            None,
-            None,
-            1e-5,
-            "leaky_relu",
-            0.1,
-            0,
-            [True, True, True, False],
-        )
-        moments = OPS.forward_inplace_(input, weight, bias, None, None, None, 0.1, False, 1e-5, "leaky_relu", 0.1, 0)
-        assert torch.equal(input, want[0])
-        grads = OPS.backward_inplace(
-            grad_output, input, *moments, weight, bias, 1e-5, "leaky_relu", 0.1, 0, [True, True, True]
-        )
+        form = (1e-5, "leaky_relu", 0.1, 0)
+        out, *moments = OPS.forward(input, weight, bias, None, None, *form)
+        plain = OPS.backward(grad_output, input, *moments, weight, bias, None, None, *form, [True, True, True, False])
+        moments = OPS.forward_inplace_(input, weight, bias, None, None, None, 0.1, False, *form)
+        assert torch.equal(input, out)
+        grads = OPS.backward_inplace(grad_output, input, *moments, weight, bias, *form, [True, True, True])
         for found, expected in zip(grads, plain, strict=False):
             close(found, expected.double(), torch.float32, 10)
     finally:
@@ -121,6 +107,14 @@ def test_the_sign_of_the_smallest_output_chooses_the_slope():
     assert found[2].item() == 3.125
 
 
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.1), ("leaky_relu", 0.0), ("leaky_relu", -0.1)])
+@pytest.mark.parametrize("backward", [OPS.backward_inplace, fused.backward_inplace])
+def test_a_backward_refuses_what_cannot_be_undone(backward, activation, slope):
+    x = random(4, 3, 5, dtype=torch.float32)
+    with pytest.raises((RuntimeError, ValueError), match="undone from its output"):
+        backward(x, x, *OPS.stats(x, None, 0), None, None, 1e-5, activation, slope, 0, [True, False, False])
+
+
 @pytest.mark.parametrize("op", ["forward_inplace_", "backward_inplace"])
 def test_opcheck(op):
     weight, bias = vectors(3, torch.float32)
@@ -142,6 +136,7 @@ def test_opcheck(op):
         ({"negative_slope": 0.0}, "only leaky_relu"),
         ({"negative_slope": -0.1}, "only leaky_relu"),
         ({"x": torch.zeros(4, 3, 8)[..., ::2]}, "contiguous or channels_last"),
+        ({"x": torch.zeros(8)[::2]}, "at least 2 dimensions"),
     ],
 )
 def test_operators_refuse_before_they_write(arguments, words):
@@ -327,8 +322,10 @@ def test_convert_allows_it_only_where_nobody_else_reads_the_input():
     )
     found = [name for name, m in convert(model, inplace=True).named_modules() if getattr(m, "inplace", False)]
     assert found == ["4.1", "5.2"]
+    assert model[4][1].inplace
+    convert(model, inplace=False)
+    assert not model[4][1].inplace
     x = torch.randn(4, 3, 5, 5)
-    model[0].norm.inplace = False
     assert torch.isfinite(model(x)).all()
 
 

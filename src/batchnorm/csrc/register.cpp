@@ -206,11 +206,8 @@ void forward_update_running_boxed(StableIValue* stack, std::uint64_t, std::uint6
   stack[3] = call.count.release();
 }
 
-// An input of which every value has a place of its own that the kernels can write to.
-void check_in_place(const Call& call) {
-  STD_TORCH_CHECK(call.input.contiguous() || call.input.channels_innermost(),
-                  "an input of shape ", call.input.shape(), " is written over only where it is contiguous or channels_last");
-  const Problem& p = call.problem;
+// An output that tells its z.
+void check_undone(const Problem& p) {
   STD_TORCH_CHECK(p.act == Act::none || (p.act == Act::leaky_relu && p.negative_slope > 0),
                   "only leaky_relu with a negative_slope above 0, or no activation, can be undone from its output");
 }
@@ -225,8 +222,11 @@ void forward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   double momentum = 0;
   const bool given = in.optional_number(&momentum), skip_nonfinite = in.flag();
   call.take_form(in);
-  check_in_place(call);
+  check_undone(call.problem);
+  const void* const place = call.input.data();
   call.prepare();
+  STD_TORCH_CHECK(call.problem.x == place, "an input of shape ", call.input.shape(),
+                  " is written over only where it is contiguous or channels_last");
   call.new_moments();
   call.problem.out = call.input.data();
   forward(call.problem, call.pool());
@@ -248,7 +248,7 @@ void backward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   call.bias = in.optional_tensor();
   call.take_form(in);
   const std::vector<bool> wanted = in.flags();
-  check_in_place(call);
+  check_undone(call.problem);
   call.prepare();
   call.read_moments();
   call.problem.in_place = true;

@@ -99,6 +99,8 @@ def restored(
     slice_size: int,
 ) -> Tensor:
     """The float64 input of which `apply` without a residual made this output, for an activation that can be undone."""
+    if activation not in ("", "leaky_relu") or (activation and negative_slope <= 0):
+        raise ValueError(f"{activation} with slope {negative_slope} cannot be undone from its output")
     z = flat(out).double()
     if activation:
         z = torch.where(z < 0, z / negative_slope, z)

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase
@@ -99,7 +99,8 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
         model: any module.
         **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, `accumulation_steps`, `domains`,
             `domain_affine`, set on every layer, also on those that were ours already. `inplace=True` is set where a
-            layer follows a convolution or linear layer in an `nn.Sequential`: elsewhere others may read its input too.
+            layer follows a convolution or linear layer in an `nn.Sequential`: elsewhere others may read its input too;
+            False takes it from every layer.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.
@@ -114,13 +115,13 @@ def convert(model: nn.Module, **keywords: Any) -> nn.Module:
     if unknown:
         raise UserError(f"convert: unknown keyword {unknown[0]}; it takes {', '.join(_KEYWORDS)}")
     BatchNorm2d(1, **keywords)  # checks the values before anything changes
-    inplace = keywords.pop("inplace", False)
+    inplace = keywords.pop("inplace", None)
     plan, left = _plan_convert(model, keywords)
     done = replace_all(model, plan)
     _convert_lazy(done.root, keywords)
     _absorb_activations(done.root)
-    if inplace:
-        _allow_inplace(done.root)
+    if inplace is not None:
+        _set_inplace(done.root, inplace)
     if left:
         warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
     return done.root
@@ -210,8 +211,13 @@ def _absorb_activations(root: nn.Module) -> None:
             holder._modules[name] = _Absorbed(activation)
 
 
-def _allow_inplace(root: nn.Module) -> None:
-    """Not where the layer also stands elsewhere, and not where a hook looks at what is between the two."""
+def _set_inplace(root: nn.Module, inplace: bool) -> None:
+    """True not where the layer also stands elsewhere, and not where a hook looks at what is between the two."""
+    if not inplace:
+        for module in root.modules():
+            if thawed_class(type(module)) in _TORCHS:
+                cast(Any, module).inplace = False
+        return
     places = _places(root)
     for _, source, _, norm in _neighbours(root):
         if thawed_class(type(norm)) in _TORCHS and type(source) in _SOURCES and places[norm] == 1:
