@@ -15,7 +15,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from batchnorm.ops.triton import apply, backward, backward_elemt, backward_reduce, forward, launch, stats
+from batchnorm.ops.triton import (
+    apply,
+    backward,
+    backward_elemt,
+    backward_reduce,
+    coefficients,
+    forward,
+    launch,
+    stats,
+    update_running_,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -71,7 +81,7 @@ MORE = [
 
 
 def exercise(shape, dtype, last, masked, slice_size, activation):
-    """Call both fused operators, hence every kernel that serves this tensor."""
+    """Call the operators, hence every kernel that serves this tensor."""
     x = torch.empty(shape, dtype=dtype)
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -79,13 +89,17 @@ def exercise(shape, dtype, last, masked, slice_size, activation):
     mask = torch.ones(shape[0], x[0, 0].numel(), dtype=torch.bool) if masked else None
     form = (1e-5, activation, 0.1, slice_size)
     _, *moments = forward.forward(x, weight, bias, x, mask, *form)
+    apply.apply(x, *moments[:2], weight, bias, x, *form)
     backward.backward(x, x, *moments, weight, bias, x, mask, *form, [True] * 4)
+    buffers = (torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0))
+    update_running_.update_running_(*buffers, *moments, 0.1, True)
+    forward.forward_update_running_(x, weight, bias, x, mask, *buffers, 0.1, False, *form)
 
 
 def main(capability, cases):
     triton.runtime.driver.set_active(Absent(capability))
-    launch.programs_wanted = lambda device: 8 * 132
-    for module in (apply, backward, backward_elemt, backward_reduce, forward, stats):
+    launch.multiprocessors = lambda device: 132
+    for module in (apply, backward, backward_elemt, backward_reduce, coefficients, forward, stats, update_running_):
         module.run = describe
     for case in cases:
         exercise(*case)

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = {name: register.kernel(name) for name in register.REFERENCE}
-CUTS = {"default": {}, "strips": {"TILE": 16, "FUSED": 1, "LEAST_CHUNKS": 2}, "tiles": {"TILE": 32, "FUSED": 1}}
+CUTS = {"default": {}, "strips": {"TILE": 16, "FUSED": 1}, "tiles": {"TILE": 32, "FUSED": 1}}
 EXTREMES = [(1e6, 1.0), (0.0, 1e18), (1e30, 1e30), (0.0, 1e-30), (0.0, 1e-42), (3.0, 0.0)]
 few = settings(max_examples=8)
 
@@ -220,6 +220,33 @@ def test_the_same_bits_every_run(cut):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@given(
+    st.integers(1, 3), st.integers(1, 20), st.sampled_from([0.1, 0.3, 1.0, None]), st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.sampled_from(["both", "mean", "untracked"]),
+    st.sampled_from([None, float("nan"), float("inf"), 1e39]), st.sampled_from([0.0, 1.0, 7.0]),
+)  # fmt: skip
+@settings(max_examples=20)
+def test_the_buffers_move_as_in_the_reference(rows, channels, momentum, skip, dtype, given_, odd, least):
+    mean, var = torch.randn(rows, channels, dtype=torch.float64), torch.rand(rows, channels, dtype=torch.float64)
+    count = torch.arange(rows).double() + least
+    if odd is not None:
+        mean[-1, -1] = odd
+    buffers = [torch.randn(channels).to(dtype), torch.rand(channels).to(dtype), torch.tensor(3)]
+    if given_ == "mean":
+        buffers[1] = None
+    if given_ == "untracked" and momentum is not None:
+        buffers[2] = None
+    found = [None if b is None else b.to(DEVICE, copy=True) for b in buffers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[OPS["update_running_"].__module__], "BLOCK", 8)
+        OPS["update_running_"](*found, *(t.to(DEVICE) for t in (mean, var, count)), momentum, skip)
+    fused.update_running_(*buffers, mean, var, count, momentum, skip)
+    for a, b in zip(found, buffers, strict=True):
+        if b is not None:
+            rtol = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+            torch.testing.assert_close(a.cpu(), b, rtol=rtol, atol=rtol, equal_nan=True)
+
+
 def test_one_launch_where_a_channel_fits_a_tile(monkeypatch):
     launches = []
     run = launch.run
@@ -312,17 +339,28 @@ class TestRegistration:
             assert torch.equal(found, want)
 
 
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+@settings(max_examples=300)
+def test_division_by_multiplication(divisor, n):
+    magic, bits = launch.reciprocal(divisor)
+    assert -(2**31) <= magic < 2**31
+    whole = n // divisor * divisor
+    for line in (n, whole, max(0, whole - 1), 2**31 - 1):
+        assert ((2 * line * (magic % 2**32)) >> 32) >> bits == line // divisor
+
+
 def test_the_cut_covers_every_element_once():
     """Every size of tensor, without running a kernel: strips of whole chunks reach the end, and none lies beyond it."""
     for shape in [(256, 64, 56, 56), (3, 3, 224, 224), (8, 2048, 7, 7), (60, 100), (1, 1, 5), (70000, 3), (2, 512, 1)]:
         for memory in ("contiguous", "channels_last"):
             x = layout(torch.empty(shape, device="meta"), memory)
             for slice_size in (0, 1, 7):
-                for reduces in (False, True):
-                    cut = launch.plan(x, slice_size, reduces)
+                for how in (launch.STATS, launch.REDUCE, launch.APPLY, launch.ELEMENT):
+                    cut = launch.plan(x, slice_size, how)
                     reach = cut.strips * cut.chunks * cut.tile[0]
                     assert reach >= cut.per_slice > (cut.strips - 1) * cut.chunks * cut.tile[0]
                     assert cut.rows * cut.per_slice >= cut.samples
                     assert cut.tile[0] * cut.tile[1] <= max(launch.TILE, launch.FUSED)
-                    assert not cut.fused or cut.parts == 1
+                    assert not cut.fused or cut.strips == cut.chunks == 1
+                    assert cut.chunks <= launch.MOST_CHUNKS
                     assert cut.programs < 2**31

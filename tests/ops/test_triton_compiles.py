@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or platform.machine() != "x86_64",
     reason="needs Triton's compiler and the assembler in its wheel, which is there for Linux on x86_64",
 )
-TINY = {"_merge_stats", "_merge_sums"}
+TINY = {"_merge_stats", "_merge_sums", "_coefficients", "_update_running_"}
 ALL = TINY | {"_stats", "_apply", "_backward_reduce", "_backward_elemt", "_forward", "_backward"}
 
 
@@ -32,7 +32,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
         assert not kernel["atomics"]
         assert kernel["local"] == 0, f"{kernel} spills registers"
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536 // 2, f"{kernel}: one block a multiprocessor"
-    large = [k for k in kernels[:6] if k["kernel"] not in TINY]
+    large = [k for k in kernels[:8] if k["kernel"] not in TINY]
     assert all(k["wide"] for k in large), "a sweep over channels_last bfloat16 moves 16 bytes a thread"
 
 

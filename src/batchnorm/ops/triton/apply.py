@@ -10,39 +10,50 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import dense
+from . import launch
 from .activations import activate
-from .launch import plan, run, same_layout, stages, vectors
-from .tile import argument, given, locate, place, scales, shifts, split
+from .coefficients import coefficients
+from .launch import SIZES, plan, run, same_layout, vectors
+from .tile import argument, coefficient, inside, locate, place, read, write
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _apply(
-    input, mean, var, weight, bias, residual, out,
-    samples, channels, positions, stride, per_slice, strips, chunks, inner_tiles,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
-    STAGES: tl.constexpr,
+    input, coefficients, residual, out,
+    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, _part, channel, known, inner, live, base, first, last = locate(
-        samples, channels, positions, per_slice, strips, chunks, inner_tiles, LAST, BN, BI
+    row, _strip, channel, known, first, last, chunks = locate(
+        samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI
     )
-    mu, sigma2 = given(mean, var, row, channels, channel, known)
-    high, low = split(mu, COMPUTE)
-    _invstd, scale = scales(sigma2, weight, channel, known, EPS)
-    shift = shifts(bias, low, scale, channel, known, COMPUTE)
-    scale = scale.to(COMPUTE)
+    high = coefficient(coefficients, 0, row, channels, channel, known)
+    scale = coefficient(coefficients, 1, row, channels, channel, known)
+    shift = coefficient(coefficients, 2, row, channels, channel, known)
     for chunk in tl.range(chunks, num_stages=STAGES):
         n = first + chunk * BN + tl.arange(0, BN)
-        at, exists = place(n, last, inner, live, base, stride)
-        x = tl.load(input + at, mask=exists, other=0.0).to(COMPUTE)
+        at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
+        exists = inside(n, last, known, LAST, EVEN)
+        x = read(input, at, exists, COMPUTE)
         _d, z = argument(x, high, scale, shift, residual, at, exists)
         y = activate(z, ACTIVATION, SLOPE)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=exists)
+        write(out, at, y, exists)
 
 
-def form(eps: float, activation: str, negative_slope: float) -> dict[str, Any]:
+def form(activation: str, negative_slope: float) -> dict[str, Any]:
     """What is compiled into a kernel. A slope that nothing reads must not compile it anew."""
-    return {"EPS": eps, "ACTIVATION": activation, "SLOPE": negative_slope if activation == "leaky_relu" else 0.0}
+    return {"ACTIVATION": activation, "SLOPE": negative_slope if activation == "leaky_relu" else 0.0}
+
+
+def applied(
+    x: Tensor, found: Tensor, residual: Tensor | None, activation: str, negative_slope: float, slice_size: int
+) -> Tensor:
+    """The output, given the coefficients. x is dense, the residual in its memory order."""
+    out, cut = torch.empty_like(x), plan(x, slice_size, launch.APPLY)
+    meta = {"STAGES": 1} | cut.meta() | form(activation, negative_slope)
+    run(_apply, cut.programs, x, found, residual, out, *cut.sizes, **meta)
+    return out
 
 
 def apply(
@@ -58,8 +69,5 @@ def apply(
     slice_size: int,
 ) -> Tensor:
     x = dense(input)
-    out, cut = torch.empty_like(x), plan(x, slice_size, reduces=False)
-    small = vectors(mean, var, weight, bias)
-    meta = cut.meta(x) | {"STAGES": stages(x)} | form(eps, activation, negative_slope)
-    run(_apply, cut.programs, x, *small, same_layout(residual, x), out, *cut.sizes, **meta)
-    return out
+    found = coefficients(x, vectors(mean, var, weight, bias), (None, None), None, eps)
+    return applied(x, found, same_layout(residual, x), activation, negative_slope, slice_size)

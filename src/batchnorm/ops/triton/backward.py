@@ -10,23 +10,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import dense
+from . import launch
 from .apply import form
 from .backward_elemt import elemt
 from .backward_reduce import merge_sums, partial_sums
-from .launch import Plan, as_bytes, plan, run, same_layout, vectors
-from .tile import given, incoming, locate, place, rounded, scales, shifts, slope_terms, split, store_gradients, sums_of
+from .coefficients import coefficients, room
+from .launch import SIZES, Plan, as_bytes, plan, run, same_layout, vectors
+from .tile import (
+    given,
+    holes,
+    incoming,
+    inside,
+    locate,
+    place,
+    products_of,
+    real_positions,
+    rounded,
+    scales,
+    shifts,
+    slope_terms,
+    split,
+    store_gradients,
+    total,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
     grad_output, input, mean, var, weight, bias, residual, mask, count,
     grad_input, grad_residual, grad_weight, grad_bias, sums, sums_xmu,
-    samples, channels, positions, stride, per_slice, strips, chunks, inner_tiles,
+    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    row, _part, channel, known, inner, live, base, first, last = locate(
-        samples, channels, positions, per_slice, strips, chunks, inner_tiles, LAST, BN, BI
+    row, _strip, channel, known, first, last, _ = locate(
+        samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI
     )
     mu, sigma2 = given(mean, var, row, channels, channel, known)
     high, low = split(mu, COMPUTE)
@@ -36,13 +55,19 @@ def _backward(
     shift = shifts(bias, low, scale, channel, known, COMPUTE)
     scale = scale.to(COMPUTE)
     n = first + tl.arange(0, BN)
-    at, exists = place(n, last, inner, live, base, stride)
-    d, grad, real, empty = incoming(
-        grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
-        ACTIVATION, SLOPE, COMPUTE, LAST,
-    )  # fmt: skip
-    sum_dy, sum_xhat = sums_of(d, grad, exists, unit, offset, LAST)
-    sum_xmu = sum_xhat / unit.to(tl.float64)
+    at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
+    exists = inside(n, last, known, LAST, EVEN)
+    d, grad = incoming(grad_output, input, residual, at, exists, high, scale, shift, ACTIVATION, SLOPE, COMPUTE)
+    real = exists
+    empty = None
+    if mask is not None:
+        real = real_positions(mask, n, last, exists, LAST, BI)
+        empty = holes(d, real)
+        grad = tl.where(empty, 0.0, grad)
+        d = tl.where(empty, 0.0, d)
+    dz, product = products_of(d, grad, exists, unit, offset)
+    sum_dy = total(dz, LAST).to(tl.float64)
+    sum_xmu = total(product, LAST).to(tl.float64) / unit.to(tl.float64)
     if sums is not None:  # several slices: their sums are added in a launch of their own
         tl.store(sums + row * channels + channel, sum_dy, mask=known)
         tl.store(sums_xmu + row * channels + channel, sum_xmu, mask=known)
@@ -54,7 +79,7 @@ def _backward(
     across = None
     if count is not None:
         along, across = slope_terms(sum_dy, sum_xmu, invstd, low, tl.load(count + row).to(tl.float64), COMPUTE)
-    store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across, mask is not None)
+    store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across)
 
 
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -68,6 +93,7 @@ def _one_launch(
     mask: Tensor | None,
     found: Outputs,
     compiled: dict[str, Any],
+    eps: float,
     cut: Plan,
 ) -> None:
     """Fill `found` (grad_input, grad_weight, grad_bias, grad_residual). `small` ends with the count."""
@@ -79,11 +105,14 @@ def _one_launch(
         both = x.new_empty((2, cut.rows, 1, cut.channels), dtype=torch.float64)
         sums, affine = (both[0], both[1]), (None, None)
     arguments = (grad_output, x, *small[:4], residual, mask, small[4], grad_input, grad_residual, *affine, *sums)
-    run(_backward, cut.programs, *arguments, *cut.sizes, **cut.meta(x), **compiled)
+    run(_backward, cut.programs, *arguments, *cut.sizes, EPS=eps, **cut.meta(mask), **compiled)
     if apart:
         assert sums[0] is not None
-        assert small[1] is not None
-        merge_sums(sums, small[1], (None, None), (grad_weight, grad_bias), compiled["EPS"])
+        merge_sums(sums, small, (None, None), (grad_weight, grad_bias), None, eps)
+
+
+# Activations whose derivative is 0 or 1, so that dz rounds to itself
+EXACT = ("relu", "relu6")
 
 
 def _in_turn(
@@ -94,23 +123,25 @@ def _in_turn(
     mask: Tensor | None,
     found: Outputs,
     compiled: dict[str, Any],
-    cut: Plan,
+    eps: float,
     slice_size: int,
 ) -> None:
     """As `_one_launch`, by the primitives: a pass for the sums, where anything needs them, and one for dx."""
     grad_input, grad_weight, grad_bias, grad_residual = found
-    var, count = small[1], small[4]
-    sums: tuple[Tensor | None, Tensor | None] = (None, None)
-    through_moments = grad_input is not None and count is not None
-    if grad_weight is not None or grad_bias is not None or through_moments:
-        assert var is not None
-        partial = partial_sums(grad_output, x, small[:4], residual, mask, compiled, cut)
-        whole = x.new_empty((2, cut.rows, cut.channels), dtype=torch.float64)
-        merge_sums(partial, var, (whole[0], whole[1]), (grad_weight, grad_bias), compiled["EPS"])
-        sums = (whole[0], whole[1])
+    through = grad_input is not None and small[4] is not None
+    coefs = None
+    if grad_weight is not None or grad_bias is not None or through:
+        cut, dz = plan(x, slice_size, launch.REDUCE), grad_residual if compiled["ACTIVATION"] in EXACT else None
+        partial = partial_sums(grad_output, x, small[:4], residual, mask, compiled, cut, eps, dz)
+        coefs = room(x, cut.rows) if through else None
+        merge_sums(partial, small, (None, None), (grad_weight, grad_bias), coefs, eps)
+        if dz is not None:  # which is then read in the place of grad_output and the residual
+            grad_output, residual, grad_residual, compiled = dz, None, None, form("", 0.0)
     if grad_input is not None or grad_residual is not None:
-        count = count if through_moments else None  # without sums there is nothing to take away
-        elemt(grad_output, x, small[:4], residual, mask, sums, count, (grad_input, grad_residual), compiled, slice_size)
+        if coefs is None:
+            coefs = coefficients(x, small[:4], (None, None), None, eps)
+        outputs = (grad_input, grad_residual)
+        elemt(grad_output, x, coefs, residual, mask, through, outputs, compiled, slice_size)
 
 
 def backward(
@@ -138,11 +169,11 @@ def backward(
     ]
     found: Outputs = (wanted[0], wanted[1], wanted[2], wanted[3])
     small, bytes_ = vectors(mean, var, weight, bias, count), as_bytes(mask)
-    compiled, cut = form(eps, activation, negative_slope), plan(x, slice_size, reduces=True)
+    compiled, cut = form(activation, negative_slope), plan(x, slice_size, launch.REDUCE)
     if cut.fused:
-        _one_launch(grad, x, small, added, bytes_, found, compiled, cut)
+        _one_launch(grad, x, small, added, bytes_, found, compiled, eps, cut)
     else:
-        _in_turn(grad, x, small, added, bytes_, found, compiled, cut, slice_size)
+        _in_turn(grad, x, small, added, bytes_, found, compiled, eps, slice_size)
     empty = input.new_empty(0)
     filled = [empty if t is None else t for t in found]
     return filled[0], filled[1], filled[2], filled[3]

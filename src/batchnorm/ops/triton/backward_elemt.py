@@ -10,60 +10,66 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import dense
+from . import launch
 from .apply import form
-from .launch import as_bytes, plan, run, same_layout, stages, vectors
-from .tile import given, incoming, locate, place, scales, shifts, slope_terms, split, store_gradients
+from .coefficients import coefficients
+from .launch import SIZES, as_bytes, plan, run, same_layout, vectors
+from .tile import coefficient, holes, incoming, inside, locate, place, real_positions, store_gradients
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_elemt(
-    grad_output, input, mean, var, weight, bias, residual, mask, sum_dy, sum_dy_xmu, count, grad_input, grad_residual,
-    samples, channels, positions, stride, per_slice, strips, chunks, inner_tiles,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
-    STAGES: tl.constexpr,
+    grad_output, input, coefficients, residual, mask, grad_input, grad_residual,
+    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
+    THROUGH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, _part, channel, known, inner, live, base, first, last = locate(
-        samples, channels, positions, per_slice, strips, chunks, inner_tiles, LAST, BN, BI
+    """THROUGH: the gradient passes through the moments, which are the batch's own."""
+    row, _strip, channel, known, first, last, chunks = locate(
+        samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI
     )
-    mu, sigma2 = given(mean, var, row, channels, channel, known)
-    high, low = split(mu, COMPUTE)
-    invstd, scale = scales(sigma2, weight, channel, known, EPS)
-    shift = shifts(bias, low, scale, channel, known, COMPUTE)
-    scale = scale.to(COMPUTE)
+    high = coefficient(coefficients, 0, row, channels, channel, known)
+    scale = coefficient(coefficients, 1, row, channels, channel, known)
+    shift = coefficient(coefficients, 2, row, channels, channel, known)
     along = None
     across = None
-    if count is not None:
-        along, across = given(sum_dy, sum_dy_xmu, row, channels, channel, known)
-        along, across = slope_terms(along, across, invstd, low, tl.load(count + row).to(tl.float64), COMPUTE)
+    if THROUGH:
+        along = coefficient(coefficients, 3, row, channels, channel, known)
+        across = coefficient(coefficients, 4, row, channels, channel, known)
     for chunk in tl.range(chunks, num_stages=STAGES):
         n = first + chunk * BN + tl.arange(0, BN)
-        at, exists = place(n, last, inner, live, base, stride)
-        d, grad, real, empty = incoming(
-            grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
-            ACTIVATION, SLOPE, COMPUTE, LAST,
-        )  # fmt: skip
-        store_gradients(
-            grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across, mask is not None
-        )
+        at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
+        exists = inside(n, last, known, LAST, EVEN)
+        d, grad = incoming(grad_output, input, residual, at, exists, high, scale, shift, ACTIVATION, SLOPE, COMPUTE)
+        real = exists
+        empty = None
+        if mask is not None:
+            real = real_positions(mask, n, last, exists, LAST, BI)
+            empty = holes(d, real)
+            grad = tl.where(empty, 0.0, grad)
+            d = tl.where(empty, 0.0, d)
+        store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across)
 
 
 def elemt(
     grad_output: Tensor,
     x: Tensor,
-    small: list[Tensor | None],
+    found: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
-    sums: tuple[Tensor | None, Tensor | None],
-    count: Tensor | None,
+    through: bool,
     outputs: tuple[Tensor | None, Tensor | None],
     compiled: dict[str, Any],
     slice_size: int,
 ) -> None:
-    """Fill the (grad_input, grad_residual) that are there. All arguments dense, in x's memory order."""
-    cut = plan(x, slice_size, reduces=False)
-    arguments = (grad_output, x, *small, residual, mask, *sums, count, *outputs)
-    run(_backward_elemt, cut.programs, *arguments, *cut.sizes, STAGES=stages(x), **cut.meta(x), **compiled)
+    """Fill the (grad_input, grad_residual) that are there, given the coefficients, with the sums' if `through`.
+
+    All arguments dense, in x's memory order.
+    """
+    cut = plan(x, slice_size, launch.ELEMENT)
+    meta = {"STAGES": 1, "THROUGH": through} | cut.meta(mask) | compiled
+    run(_backward_elemt, cut.programs, grad_output, x, found, residual, mask, *outputs, *cut.sizes, **meta)
 
 
 def backward_elemt(
@@ -89,8 +95,7 @@ def backward_elemt(
     assert grad is not None
     grad_input, grad_residual = torch.empty_like(x), torch.empty_like(x) if need_residual else None
     small = vectors(mean, var, weight, bias, sum_dy, sum_dy_xmu, count)
-    elemt(
-        grad, x, small[:4], added, as_bytes(mask), (small[4], small[5]), small[6], (grad_input, grad_residual),
-        form(eps, activation, negative_slope), slice_size,
-    )  # fmt: skip
+    found = coefficients(x, small[:4], (small[4], small[5]), small[6], eps)
+    outputs, compiled = (grad_input, grad_residual), form(activation, negative_slope)
+    elemt(grad, x, found, added, as_bytes(mask), count is not None, outputs, compiled, slice_size)
     return grad_input, input.new_empty(0) if grad_residual is None else grad_residual

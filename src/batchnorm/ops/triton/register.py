@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import fused, reference
 
-# update_running_ stays the reference's few tensor operations: vectors of C values, no sweep over the input.
 REFERENCE: dict[str, Callable[..., Any]] = {
     "stats": reference.stats,
     "apply": reference.apply,
@@ -26,7 +25,13 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "backward_elemt": reference.backward_elemt,
     "forward": fused.forward,
     "backward": fused.backward,
+    "update_running_": fused.update_running_,
+    "forward_update_running_": fused.forward_update_running_,
 }
+# Where the tensor stands that decides: the input, which comes after a grad_output; the mean, which comes after buffers.
+PLACE = {"backward_reduce": 1, "backward_elemt": 1, "backward": 1, "update_running_": 3}
+# The file where it is not the operator's name
+HOME = {"forward_update_running_": "forward"}
 LEAST_CAPABILITY = (7, 5)  # Turing: what Triton's current releases still compile for
 
 
@@ -37,18 +42,19 @@ def _compiles_for(device: torch.device) -> bool:
 
 def kernel(name: str) -> Callable[..., Any]:
     """The Triton implementation of an operator, imported now."""
-    found: Callable[..., Any] = getattr(importlib.import_module(f".{name}", __package__), name)
+    found: Callable[..., Any] = getattr(importlib.import_module(f".{HOME.get(name, name)}", __package__), name)
     return found
 
 
 def covers(input: Tensor) -> bool:
-    """Whether the kernels take this tensor: not empty, and of a dtype they compute in."""
-    return input.numel() > 0 and input.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    """Whether the kernels take this tensor: not empty, of a dtype they compute in, lines numbered in 32 bits."""
+    known = input.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return known and 0 < input.numel() < 2**31 * input.size(-1 if input.dim() < 2 else 1)
 
 
 def chosen(name: str) -> Callable[..., Any]:
     """What is registered for CUDA: the kernel on the input's device, or the reference."""
-    place = 1 if name.startswith("backward") else 0  # grad_output stands before the input
+    place = PLACE.get(name, 0)
 
     def implementation(*arguments: Any) -> Any:
         input: Tensor = arguments[place]

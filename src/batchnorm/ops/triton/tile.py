@@ -16,68 +16,105 @@ from .activations import through
 
 @triton.jit
 def locate(
-    samples, channels, positions, per_slice, strips, chunks, inner_tiles,
+    samples, channels, per_slice, strips, chunks, tiles,
     LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """This program's slice (row), part, channels, innermost indices, and its samples [first, last).
+    """This program's slice (row), strip, channels, its lines [first, last) and how many tiles they fill.
 
-    `base` is the offset of the channel inside a sample. Neighbouring programs are neighbours in memory.
+    Neighbouring programs are neighbours in memory.
     """
     program = tl.program_id(0)
-    tile = program % inner_tiles
-    rest = program // inner_tiles
-    inner = tile * BI + tl.arange(0, BI)
+    tile = program % tiles
+    rest = program // tiles
+    strip = rest % strips
+    row = rest // strips
     if LAST:
-        channel = inner
-        live = inner < channels
-        known = live
-        base = tile.to(tl.int64) * 0
-        strip = rest % strips
-        row = rest // strips
-        part = strip
+        channel = tile * BI + tl.arange(0, BI)
     else:
-        group = rest % channels
-        rest = rest // channels
-        channel = group + tl.arange(0, 1)
-        live = inner < positions
-        known = channel < channels
-        base = group.to(tl.int64) * positions
-        strip = rest % strips
-        row = rest // strips
-        part = strip * inner_tiles + tile
-    row = row.to(tl.int64)
-    first = row * per_slice + strip.to(tl.int64) * chunks * BN
+        channel = tile + tl.arange(0, 1)
+    first = row * per_slice + strip * chunks * BN
     last = tl.minimum(tl.minimum(first + chunks * BN, (row + 1) * per_slice), samples)
-    return row, part, channel, known, inner, live, base, first, last
+    return row.to(tl.int64), strip, channel, channel < channels, first, last, tl.cdiv(last - first, BN)
 
 
 @triton.jit
-def place(n, last, inner, live, base, stride):
-    """Offsets of the tile whose samples are `n` (int64: tensors may exceed 2³¹ elements), and which of it exist."""
-    return n[:, None] * stride + (base + inner)[None, :], (n < last)[:, None] & live[None, :]
+def place(n, channel, units, vectors, magic, bits, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of the lines `n`; 64-bit where the tensor is WIDE, of 2³¹ elements or more.
+
+    A line is the channels of one position, or UNIT adjacent positions of one channel. UNIT divides where each begins,
+    which tells the compiler how many elements it may move at once. A sample is n / vectors, by multiplication.
+    """
+    if LAST:
+        begin = (n.to(tl.int64) if WIDE else n) * units * UNIT
+        at = begin[:, None] + channel[None, :]
+    else:
+        sample = tl.umulhi((2 * n).to(tl.uint32), magic.to(tl.uint32, bitcast=True)).to(tl.int32) >> bits
+        first = ((sample.to(tl.int64) if WIDE else sample) * units + channel) * vectors
+        begin = (first + (n - sample * vectors)) * UNIT
+        at = begin[:, None] + tl.arange(0, UNIT)[None, :]
+    return at
 
 
 @triton.jit
-def real_positions(mask, n, last, inner, exists, positions, LAST: tl.constexpr):
+def inside(n, last, known, LAST: tl.constexpr, EVEN: tl.constexpr):
+    """Which elements of the tile exist; None where all do."""
+    exists = None
+    if not EVEN:
+        if LAST:
+            exists = (n < last)[:, None] & known[None, :]
+        else:
+            exists = (n < last)[:, None]
+    return exists
+
+
+@triton.jit
+def read(pointer, at, exists, COMPUTE: tl.constexpr):
+    if exists is None:
+        values = tl.load(pointer + at)
+    else:
+        values = tl.load(pointer + at, mask=exists, other=0.0)
+    return values.to(COMPUTE)
+
+
+@triton.jit
+def write(pointer, at, values, exists):
+    if exists is None:
+        tl.store(pointer + at, values.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer + at, values.to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def only(chosen, values):
+    """The values that are chosen, 0 for the others; all of them where `chosen` is None."""
+    if chosen is not None:
+        values = tl.where(chosen, values, 0.0)
+    return values
+
+
+@triton.jit
+def real_positions(mask, n, last, exists, LAST: tl.constexpr, BI: tl.constexpr):
     """Which elements of the tile the mask keeps; all that exist where there is no mask."""
     real = exists
     if mask is not None:
         if LAST:
             real = exists & (tl.load(mask + n, mask=n < last, other=0) != 0)[:, None]
         else:
-            real = exists & (tl.load(mask + n[:, None] * positions + inner[None, :], mask=exists, other=0) != 0)
+            flat = n[:, None] * BI + tl.arange(0, BI)[None, :]
+            real = exists & (tl.load(mask + flat, mask=exists, other=0) != 0)
     return real
 
 
 @triton.jit
-def counted(mask, n, last, live, real, LAST: tl.constexpr):
+def counted(mask, n, last, real, LAST: tl.constexpr, BI: tl.constexpr):
     """How many real values each channel has in the tile: one float64 for all its channels.
 
     It needs a reduction over the tile only where a mask meets positions innermost.
     """
     if mask is None:
-        samples = tl.sum((n < last).to(tl.int32), 0)
-        count = samples if LAST else samples * tl.sum(live.to(tl.int32), 0)
+        count = tl.sum((n < last).to(tl.int32), 0)
+        if not LAST:
+            count = count * BI
     elif LAST:
         count = tl.sum(((tl.load(mask + n, mask=n < last, other=0) != 0) & (n < last)).to(tl.int32), 0)
     else:
@@ -88,9 +125,10 @@ def counted(mask, n, last, live, real, LAST: tl.constexpr):
 @triton.jit
 def total(values, LAST: tl.constexpr):
     """Sum over a tile, one value a channel: a tree in an order the shape alone fixes."""
-    summed = tl.sum(values, 0)
-    if not LAST:
-        summed = tl.sum(summed, 0, keep_dims=True)
+    if LAST:
+        summed = tl.sum(values, 0)
+    else:
+        summed = tl.sum(tl.sum(values, 1), 0, keep_dims=True)
     return summed
 
 
@@ -119,8 +157,8 @@ def moments(x, real, count, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constex
     """
     inverse = 1.0 / tl.maximum(count, 1.0)
     # divided before it is summed: the sum of a tile near float32's largest value must not overflow
-    shift = total(tl.where(real, x, 0.0) * (1.0 / (BN * BI)), LAST) * (BN * BI * inverse).to(x.dtype)
-    d = tl.where(real, x - shift[None, :], 0.0)
+    shift = total(only(real, x) * (1.0 / (BN * BI)), LAST) * (BN * BI * inverse).to(x.dtype)
+    d = only(real, x - shift[None, :])
     unit = tl.full(shift.shape, 1.0, x.dtype)
     if x.dtype == tl.float32:
         power, unit = powers(largest(tl.abs(d), LAST))
@@ -179,6 +217,32 @@ def shifts(bias, low, scale, channel, known, COMPUTE: tl.constexpr):
     return shift.to(COMPUTE)
 
 
+PLANES = tl.constexpr(5)  # coefficients of one channel: high, scale, shift, along, across
+
+
+@triton.jit
+def store_coefficients(
+    coefficients, row, channels, channel, known, mean, var, weight, bias, sum_dy, sum_xmu, count, EPS: tl.constexpr
+):
+    """What a pass over the elements needs of each channel, rounded once and for all its programs."""
+    COMPUTE: tl.constexpr = coefficients.dtype.element_ty
+    high, low = split(mean, COMPUTE)
+    invstd, scale = scales(var, weight, channel, known, EPS)
+    to = coefficients + row * PLANES * channels + channel
+    tl.store(to, high, mask=known)
+    tl.store(to + channels, scale.to(COMPUTE), mask=known)
+    tl.store(to + 2 * channels, shifts(bias, low, scale, channel, known, COMPUTE), mask=known)
+    if sum_dy is not None:
+        along, across = slope_terms(sum_dy, sum_xmu, invstd, low, count, COMPUTE)
+        tl.store(to + 3 * channels, along, mask=known)
+        tl.store(to + 4 * channels, across, mask=known)
+
+
+@triton.jit
+def coefficient(coefficients, plane: tl.constexpr, row, channels, channel, known):
+    return tl.load(coefficients + (row * PLANES + plane) * channels + channel, mask=known, other=0.0)
+
+
 @triton.jit
 def given(mean, var, row, channels, channel, known):
     """Moments from memory, of any floating dtype, as float64."""
@@ -195,37 +259,32 @@ def argument(x, high, scale, shift, residual, at, exists):
     d = x - high[None, :]
     z = d * scale[None, :] + shift[None, :]
     if residual is not None:
-        z += tl.load(residual + at, mask=exists, other=0.0).to(x.dtype)
+        z += read(residual, at, exists, x.dtype)
     return d, z
 
 
 @triton.jit
 def incoming(
-    grad_output, input, residual, mask, at, exists, n, last, inner, positions, high, scale, shift,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, COMPUTE: tl.constexpr, LAST: tl.constexpr,
+    grad_output, input, residual, at, exists, high, scale, shift,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """d = x − high and dz of a tile, z computed anew; which elements are real, and which of the others are holes.
-
-    A hole is masked and not finite: it gives nothing and receives nothing, by selection (0·NaN is NaN).
-    """
-    x = tl.load(input + at, mask=exists, other=0.0).to(COMPUTE)
-    grad = tl.load(grad_output + at, mask=exists, other=0.0).to(COMPUTE)
+    """d = x − high and dz of a tile, z computed anew."""
+    x = read(input, at, exists, COMPUTE)
+    grad = read(grad_output, at, exists, COMPUTE)
     d, z = argument(x, high, scale, shift, residual, at, exists)
-    grad = through(grad, z, ACTIVATION, SLOPE)
-    real = real_positions(mask, n, last, inner, exists, positions, LAST)
-    empty = (real == 0) & ~(tl.abs(d) < float("inf"))
-    if mask is not None:
-        grad = tl.where(empty, 0.0, grad)
-        d = tl.where(empty, 0.0, d)
-    return d, grad, real, empty
+    return d, through(grad, z, ACTIVATION, SLOPE)
 
 
 @triton.jit
-def sums_of(d, grad, exists, unit, offset, LAST: tl.constexpr):
-    """Σ dz and Σ dz·x̂ of a tile in float64, one a channel; x̂ = d·unit − offset."""
-    along = total(tl.where(exists, grad, 0.0), LAST)
-    across = total(tl.where(exists, grad * (d * unit[None, :] - offset[None, :]), 0.0), LAST)
-    return along.to(tl.float64), across.to(tl.float64)
+def holes(d, real):
+    """Masked positions that are not finite: they give nothing and receive nothing, by selection (0·NaN is NaN)."""
+    return (real == 0) & ~(tl.abs(d) < float("inf"))
+
+
+@triton.jit
+def products_of(d, grad, exists, unit, offset):
+    """dz and dz·x̂ of a tile, to be summed; x̂ = d·unit − offset."""
+    return only(exists, grad), only(exists, grad * (d * unit[None, :] - offset[None, :]))
 
 
 @triton.jit
@@ -240,19 +299,17 @@ def slope_terms(sum_dy, sum_xmu, invstd, low, count, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def store_gradients(
-    grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across, MASKED: tl.constexpr
-):
+def store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across):
     """Write dx and dz, each where there is a tensor for it; `along` None: the moments do not depend on x."""
     if grad_input is not None:
         dx = grad
         if along is not None:
             dx = grad - along[None, :] - d * across[None, :]
-            if MASKED:
+            if empty is not None:
                 dx = tl.where(real, dx, grad)
         dx = dx * scale[None, :]
-        if MASKED:
+        if empty is not None:
             dx = tl.where(empty, 0.0, dx)
-        tl.store(grad_input + at, dx.to(grad_input.dtype.element_ty), mask=exists)
+        write(grad_input, at, dx, exists)
     if grad_residual is not None:
-        tl.store(grad_residual + at, grad.to(grad_residual.dtype.element_ty), mask=exists)
+        write(grad_residual, at, grad, exists)
