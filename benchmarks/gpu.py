@@ -1,158 +1,179 @@
-"""BN + add + ReLU, forward and backward, on one GPU: ours against torch eager, torch.compile and a copy.
+"""The layers on one GPU, against torch eager, torch without cuDNN, torch.compile and a copy; ResNet-50's training step.
 
-    python benchmarks/gpu.py [--repetitions 200]
+    python benchmarks/gpu.py [--seconds 0.5] [--parts layers,passes,host,model] [--batch 256]
 
-Writes the table of docs/performance-gpu.md. Values are compared with float64 before anything is timed. Times are
-medians by device events (triton.testing.do_bench, which empties the L2 cache between calls); the unit is the
-device-to-device copy of the same tensor, one read and one write. Exits 2 with one line where there is no CUDA.
+Writes the tables of docs/performance-gpu.md. Values are compared with float64 before anything is timed. Times are
+medians of interleaved calls by the device's own events, the L2 cache emptied before each and the host ahead of the
+device; the unit is the device-to-device copy of the same tensor, one read and one write. Exits 2 with one line where
+there is no CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as compiled_backward
 
 import batchnorm
+from batchnorm import bench
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance-gpu.md"
-START, END = "<!-- table: written by benchmarks/gpu.py -->", "<!-- end of table -->"
-SHAPES = [(256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 2048, 7, 7), (4096, 1024)]
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# Bytes over those of one copy (2 tensors): forward reads x twice and the residual, writes y; backward reads x, dy and
-# the residual twice, writes dx and the residual's gradient. One read of each where a channel stays on the chip.
-LEAST = {"forward": 4 / 2, "backward": 8 / 2}
+START, END = "<!-- {}: written by benchmarks/gpu.py -->", "<!-- end of {} -->"
+STAGES = ("64x112x112", "256x56x56", "512x28x28", "1024x14x14", "2048x7x7")
+# Reads and writes of the tensor that each pass makes, in copies (one read, one write).
+TRAFFIC = {"stats": 0.5, "apply": 1.5, "backward_reduce": 2.0, "backward_elemt": 1.5}
 
-Step = Callable[[], object]
+Call = Callable[[], object]
 
 
-class Block(nn.Module):
-    """relu(bn(x) + residual) of any layer, as a user writes it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return torch.relu(self.layer(x) + residual)
-
-
-class Fused(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.layer(x, residual)
+def layers(batch: int, seconds: float) -> list[str]:
+    """ResNet-50's stages: forward + backward in copies, and torch's time over ours."""
+    head = "| tensor | case | copy µs | ours | eager | native | compiled | × eager | × native | × compiled | of bound |"
+    lines = [head, "|---" * 11 + "|"]
+    shapes = ",".join(f"{batch}x{stage}" for stage in STAGES)
+    for dtypes, layouts, cases in (
+        ("bfloat16", "channels_last", "bn+add+relu"),
+        ("bfloat16", "channels_last", "bn+relu"),
+        ("bfloat16", "contiguous", "bn+add+relu"),
+        ("float32", "channels_last", "bn+add+relu"),
+    ):
+        result = bench.bench(shapes, dtypes, layouts, cases, "cuda", None, seconds)
+        lines += [layer_row(row) for row in result["rows"]]
+        print("\n".join(lines[-len(result["rows"]) :]), flush=True)
+    return lines
 
 
-def contenders(shape: tuple[int, ...], device: torch.device) -> dict[str, nn.Module]:
-    """Modules by name. Eager uses cuDNN where torch chooses it; "native" forbids that while it runs."""
-    kind = "BatchNorm1d" if len(shape) == 2 else "BatchNorm2d"
-    plain = Block(getattr(nn, kind)(shape[1], device=device))
-    ours = Fused(getattr(batchnorm, kind)(shape[1], activation="relu", device=device))
-    return {"ours": ours, "eager": plain, "native": plain, "compiled": torch.compile(plain, dynamic=False)}
+def layer_row(row: dict[str, Any]) -> str:
+    both, times = row["both"], {name: t["p50"] for name, t in row["both"]["seconds"].items()}
+    unit = times["copy"]
+    cells = ["x".join(map(str, row["shape"])) + f" {row['dtype']} {row['layout']}", row["case"], f"{unit * 1e6:.0f}"]
+    cells += [f"{times[name] / unit:.2f}" for name in ("ours", "torch", "native", "compiled")]
+    cells += [f"**{both['speedup']:.2f}**", f"{both['speedup_native']:.2f}", f"**{both['speedup_compiled']:.2f}**"]
+    return "| " + " | ".join([*cells, f"{100 * row['least_copies'] / both['copies']:.0f} %"]) + " |"
 
 
-def problem(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
-) -> list[Tensor]:
-    """x, residual and grad_output, random, in the layout."""
-    tensors = [torch.randn(shape, device=device).to(dtype) for _ in range(3)]
-    return [t.to(memory_format=layout) if t.dim() == 4 else t for t in tensors]
+def passes(batch: int, seconds: float) -> list[str]:
+    """The share of the copy's bandwidth that each primitive reaches on BN + add + ReLU in bfloat16."""
+    lines = ["| tensor | " + " | ".join(TRAFFIC) + " |", "|---" * 5 + "|"]
+    for layout in bench.LAYOUTS:
+        for stage in STAGES:
+            shape = (batch, *map(int, stage.split("x")))
+            calls, unit = primitives(shape, layout)
+            times = bench.interleaved({**calls, "copy": unit}, seconds, clock=bench.DeviceClock())
+            shares = [f"{100 * TRAFFIC[name] * times['copy'].p50 / times[name].p50:.0f} %" for name in TRAFFIC]
+            lines.append("| " + " | ".join([f"{batch}x{stage} {layout}", *shares]) + " |")
+            print(lines[-1], flush=True)
+    return lines
 
 
-def gradients(module: nn.Module, x: Tensor, residual: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
-    out = module(x, residual)
-    return (out.detach(), *torch.autograd.grad(out, [x, residual, *module.parameters()], g))
+def primitives(shape: tuple[int, ...], layout: str) -> tuple[dict[str, Call], Call]:
+    """The four primitives as the fused operators call them, and the copy."""
+    from batchnorm.ops.triton import launch
+    from batchnorm.ops.triton.apply import applied, form
+    from batchnorm.ops.triton.backward_elemt import elemt
+    from batchnorm.ops.triton.backward_reduce import partial_sums
+    from batchnorm.ops.triton.coefficients import coefficients
+    from batchnorm.ops.triton.stats import stats_of
+
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, r, g = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=memory) for _ in range(3)
+    )
+    weight, bias = torch.rand(shape[1], device="cuda"), torch.randn(shape[1], device="cuda")
+    mean, var, count, _ = stats_of(x, None, launch.plan(x, 0, launch.STATS))
+    small: list[Tensor | None] = [mean, var, weight, bias]
+    found = coefficients(x, small, (mean, var), count, 1e-5)
+    dx, dz, reduced = torch.empty_like(x), torch.empty_like(x), launch.plan(x, 0, launch.REDUCE)
+    return {
+        "stats": lambda: stats_of(x, None, launch.plan(x, 0, launch.STATS)),
+        "apply": lambda: applied(x, found, r, "relu", 0.0, 0),
+        "backward_reduce": lambda: partial_sums(g, x, small, r, None, form("relu", 0.0), reduced, 1e-5, dz),
+        "backward_elemt": lambda: elemt(g, x, found, None, None, True, (dx, None), form("", 0.0), 0),
+    }, lambda: dx.copy_(x)
 
 
-def wrong_by(module: nn.Module, problem: list[Tensor]) -> float:
-    """The largest ‖found − truth‖/‖truth‖ of output and gradients, the truth in float64 on the same device."""
-    channels = problem[0].size(1)
-    truth = Block((nn.BatchNorm1d if problem[0].dim() == 2 else nn.BatchNorm2d)(channels, device=problem[0].device))
-    wanted = gradients(truth.double(), *(t.double() for t in problem))
-    found = gradients(module, *problem)
-    errors = [(a.double() - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)]
-    return max(float(e) for e in errors)
+def host() -> list[str]:
+    """Microseconds that the host takes over one small layer's step, the device far behind or idle."""
+    lines = ["| 60 × 100, BN + add + ReLU | ours | eager |", "|---" * 3 + "|"]
+    x, r, g = (torch.randn(60, 100, device="cuda") for _ in range(3))
+    x, r = x.requires_grad_(), r.requires_grad_()
+    ours, theirs = batchnorm.BatchNorm1d(100, activation="relu", device="cuda"), nn.BatchNorm1d(100, device="cuda")
+    calls: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(x, r), "eager": lambda: torch.relu(theirs(x) + r)}
+    forward = bench.interleaved(calls, 1.0)
+    both = bench.interleaved({name: lambda f=f: torch.autograd.grad(f(), [x, r], g) for name, f in calls.items()}, 1.0)
+    for name, times in (("forward", forward), ("forward and backward", both)):
+        lines.append(f"| {name} | {times['ours'].p50 * 1e6:.0f} | {times['eager'].p50 * 1e6:.0f} |")
+    return lines
 
 
-def median_ms(step: Step, repetitions: int) -> float:
-    from triton.testing import do_bench
+def model(batch: int, seconds: float) -> list[str]:
+    """ResNet-50's whole training step in bfloat16 (autocast), channels_last, SGD."""
+    from transformers import ResNetConfig, ResNetForImageClassification
 
-    return float(do_bench(step, warmup=50, rep=repetitions, return_mode="median"))
-
-
-def times(module: nn.Module, problem: list[Tensor], native: bool, repetitions: int) -> tuple[float, float]:
-    """Milliseconds of the forward, and of the backward."""
-    x, residual, g = problem
-    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
-    leaves = [x, residual, *module.parameters()]
-    with torch.backends.cudnn.flags(enabled=not native):
-        forward = median_ms(lambda: module(x, residual), repetitions)
-        out = module(x, residual)
-        backward = median_ms(lambda: torch.autograd.grad(out, leaves, g, retain_graph=True), repetitions)
-    return forward, backward
-
-
-def row(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, repetitions: int) -> str:
-    tensors = problem(shape, dtype, LAYOUTS[layout], device)
-    destination = torch.empty_like(tensors[0])
-    copy = median_ms(lambda: destination.copy_(tensors[0]), repetitions)
-    modules = contenders(shape, device)
-    # float32 rounds some z next to 0 across ReLU's kink: one such element in 10⁷ is 3e-4 of a gradient's norm
-    limit = 1e-3 if dtype == torch.float32 else 2e-2
-    error = wrong_by(modules["ours"], tensors)
-    if not error < limit:
-        raise SystemExit(f"batchnorm: ours is wrong by {error:.2g} at {shape} {layout}: not timed")
-    found = {name: times(m, tensors, name == "native", repetitions) for name, m in modules.items()}
-    forward, backward = found["ours"]
-    cells = [f"{(a + b) / copy:.2f}" for a, b in found.values()]
-    reached = [f"{100 * LEAST[p] * copy / t:.0f} %" for p, t in (("forward", forward), ("backward", backward))]
-    name = str(dtype).removeprefix("torch.")
-    return "| " + " | ".join([f"{shape} {layout} {name}", f"{copy * 1e3:.0f}", *cells, *reached]) + " |"
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = ResNetForImageClassification(ResNetConfig(num_labels=1000)).cuda().to(memory_format=torch.channels_last)
+    example = {"pixel_values": torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)}
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "eager": lambda m: m,
+        "ours, `convert`": batchnorm.convert,
+        "ours, `fuse`": batchnorm.fuse,
+        "compiled": torch.compile,
+        "ours compiled, `fuse(rest='inductor')`": lambda m: batchnorm.fuse(m, rest="inductor"),
+    }
+    steps, lines = {}, ["| training step | ms | × eager |", "|---" * 3 + "|"]
+    for name, way in ways.items():
+        steps[name] = bench.training_step(way(copy.deepcopy(network).train()), example, "bfloat16")
+        print(name, "first loss", steps[name](), flush=True)
+    times = bench.interleaved(steps, seconds * 20)
+    eager = times["eager"].p50
+    lines += [f"| {name} | {t.p50 * 1e3:.1f} | {eager / t.p50:.2f} |" for name, t in times.items()]
+    print("\n".join(lines), flush=True)
+    return lines
 
 
-def versions(device: torch.device) -> str:
-    import triton
-
+def versions() -> str:
+    facts = bench.machine("cuda")
     commit = subprocess.run(
         ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    return (
-        f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"cuDNN {torch.backends.cudnn.version()}, Triton {triton.__version__}; commit {commit}."
-    )
+    found = f"{facts['processor']}; torch {facts['torch']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
+    return f"{found}, Triton {facts['triton']}" + (f"; commit {commit}." if commit else ".")
+
+
+def put(page: str, name: str, lines: list[str]) -> str:
+    """The page with one table replaced."""
+    start, end = START.format(name), END.format(name)
+    before, _, rest = page.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # a timed backward keeps its graph, which compiled code that gives its buffers away refuses
-    compiled_backward.donated_buffer = False
-    parser.add_argument("--repetitions", type=int, default=200, help="milliseconds each median is taken over")
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a row")
+    parser.add_argument("--parts", default="layers,passes,host,model", help="which tables, comma-separated")
+    parser.add_argument("--batch", type=int, default=256)
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("batchnorm: no CUDA device, on this machine, run this where there is a GPU", file=sys.stderr)
         raise SystemExit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
-    head = "| shape | copy µs | ours | eager | native | compiled | forward, of bound | backward, of bound |"
-    lines = [versions(device), "", "Forward + backward in copies; lower is faster.", "", head, "|---" * 8 + "|"]
-    for shape in SHAPES:
-        for layout in LAYOUTS if len(shape) == 4 else ["contiguous"]:
-            for dtype in (torch.bfloat16, torch.float32):
-                lines.append(row(shape, dtype, layout, device, repetitions))
-                print(lines[-1], flush=True)
-    text = PAGE.read_text()
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}")
+    tables: dict[str, Callable[[], list[str]]] = {
+        "layers": lambda: layers(options.batch, options.seconds),
+        "passes": lambda: passes(options.batch, options.seconds),
+        "host": host,
+        "model": lambda: model(options.batch, options.seconds),
+    }
+    for name in options.parts.split(","):
+        lines = [f"{versions()} `python benchmarks/gpu.py --parts {name}`", "", *tables[name]()]
+        PAGE.write_text(put(PAGE.read_text(), name, lines))
 
 
 if __name__ == "__main__":

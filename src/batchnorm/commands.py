@@ -154,7 +154,9 @@ def _show_claims(result: StudyResult) -> None:
 )
 def bench_command(
     shapes: Annotated[str, typer.Option(help="N x C x sizes, comma-separated.", show_default="a ResNet-50's")] = "",
-    dtypes: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
+    dtypes: Annotated[
+        str, typer.Option(help="float32, float64, bfloat16, float16; with --model float32, bfloat16 (autocast).")
+    ] = "float32",
     layouts: Annotated[str, typer.Option(help="contiguous, channels_last.")] = "contiguous,channels_last",
     cases: Annotated[str, typer.Option(help="bn, bn+relu, bn+add+relu.")] = "bn+relu",
     model: Annotated[
@@ -168,7 +170,10 @@ def bench_command(
         bool, typer.Option("--json", help="Print the result to stdout as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Measures the layers on this machine: forward and backward, against torch eager and against a copy."""
+    """Measures the layers on this machine: forward and backward, against torch eager and against a copy.
+
+    With --device cuda also against torch without cuDNN and torch.compile, in the device's own time.
+    """
     from rich.console import Console
 
     from batchnorm.bench import bench, bench_model, show, show_model
@@ -176,7 +181,7 @@ def bench_command(
     try:
         with Console(stderr=True).status("checking values, then measuring") as status:
             if model is not None:
-                result = bench_model(model, layouts, device, threads, seconds)
+                result = bench_model(model, layouts, device, threads, seconds, dtypes)
                 table = show_model(result)
             else:
                 options = {"shapes": shapes} if shapes else {}

@@ -12,7 +12,14 @@ from batchnorm.ops import ACTIVATIONS
 from tests.ops.test_operators import layout
 from tests.oracle import TOLERANCE, truth
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch's own remarks: on TF32 in compiled code, on an empty graph that cudagraph trees record, on a debug mode
+    *(
+        pytest.mark.filterwarnings(f"ignore:.*{said}")
+        for said in ("TensorFloat32 tensor cores", "The CUDA Graph is empty", "Synchronization debug mode")
+    ),
+]
 OPS = torch.ops.batchnorm
 # one of each stage of a ResNet, and sizes that no tile divides: channels, positions and samples
 SHAPES = [
@@ -47,7 +54,7 @@ def test_sizes_of_networks(shape, dtype, arrangement, masked):
     mask = torch.rand(shape[0], x[0, 0].numel(), device="cuda") < 0.7 if masked else None
     w, b = torch.rand(shape[1], device="cuda"), torch.randn(shape[1], device="cuda")
     w, b = (t.double() if dtype == torch.float64 else t for t in (w, b))
-    slice_size = 7 if masked else 0
+    slice_size = (7 if x.dim() > 2 else 30) if masked else 0  # enough real values a slice, or float16 overflows
     want = truth(x, w, b, residual=r, mask=mask, activation=activation, slice_size=slice_size, grad_output=g)
     form = (1e-5, activation, 0.01, slice_size)
     out, mean, var, count = OPS.forward(x, w, b, r, mask, *form)
@@ -139,7 +146,7 @@ def test_torch_compile_runs_the_kernels(mode):
     for _ in range(3):
         found = [t.clone() for t in step(compiled, x, r, g)]
         for a, b in zip(found, step(twin, x, r, g), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for a, b in zip(layer.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
@@ -150,8 +157,8 @@ def test_a_training_step_waits_for_nothing(keywords):
     shape = (8, 32, 20, 20)
     layer, x, r, g = block(shape, **keywords), *(random(*shape) for _ in range(3))
     step(layer, x, r, g)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step(layer, x, r, g)
         layer.eval()
         step(layer, x, r, g)

@@ -1,19 +1,21 @@
 """How fast the layers are on this machine: `batchnorm bench`, and the pieces that benchmarks/ uses."""
 
 from .layers import CASES, DTYPES, LAYOUTS, Problem, check_values, evaluation, measure, parse_shapes
-from .model import model_step
+from .model import model_step, training_step
 from .run import bench, bench_model, show, show_model
-from .timing import Timing, geometric_mean, interleaved, machine
+from .timing import DeviceClock, Timing, clock_of, geometric_mean, interleaved, machine
 
 __all__ = [
     "CASES",
     "DTYPES",
     "LAYOUTS",
+    "DeviceClock",
     "Problem",
     "Timing",
     "bench",
     "bench_model",
     "check_values",
+    "clock_of",
     "evaluation",
     "geometric_mean",
     "interleaved",
@@ -23,4 +25,5 @@ __all__ = [
     "parse_shapes",
     "show",
     "show_model",
+    "training_step",
 ]

@@ -16,16 +16,22 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .timing import interleaved
+from .timing import clock_of, interleaved
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "channels_last")
 CASES = ("bn", "bn+relu", "bn+add+relu")
+Call = Callable[[Tensor, Tensor | None], Tensor]
 # One layer of each stage of a ResNet-50 at batch 8, and a small fully connected one: seconds in all.
 SHAPES = "8x64x112x112,8x256x56x56,8x512x28x28,8x1024x14x14,8x2048x7x7,256x1024,60x100"
+# The same at batch 256, which a GPU trains with.
+SHAPES_CUDA = "256x64x112x112,256x256x56x56,256x512x28x28,256x1024x14x14,256x2048x7x7,4096x1024,60x100"
 # A copy moves every byte twice; these are the least passes, in copies, that forward and backward can do with where a
 # channel stays in cache between its two passes: x→y, and x, dy→dx (a residual r: x, r→y, and x, r, dy→dx, dr).
 LEAST_COPIES = {"bn": 2.5, "bn+relu": 2.5, "bn+add+relu": 4.0}
+# No GPU keeps a large tensor's channel: x twice → y, and x, dy twice → dx (with a residual r: x, then x, r → y, and
+# x, dy, r → dr, then x, dr → dx).
+LEAST_COPIES_CUDA = {"bn": 4.0, "bn+relu": 4.0, "bn+add+relu": 5.5}
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def layers_of(problem: Problem, device: str) -> tuple[nn.Module, nn.Module]:
     return pair
 
 
-def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> Call:
     """The same in torch eager, as models write it; `in_place` as torchvision's do."""
 
     def call(input: Tensor, residual: Tensor | None) -> Tensor:
@@ -107,13 +113,27 @@ def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> Callable[[T
     return call
 
 
-def contenders(problem: Problem, device: str, backward: bool) -> dict[str, Callable[[], object]]:
+def calls_of(problem: Problem, device: str) -> dict[str, Call]:
+    """The layer each way, ours first; on a GPU also without cuDNN, and compiled."""
+    ours, theirs = layers_of(problem, device)
+    calls: dict[str, Call] = {"ours": ours, "torch": torch_way(theirs, problem, in_place=False)}
+    if problem.case != "bn":
+        calls["torch_in_place"] = torch_way(theirs, problem, in_place=True)
+    if device == "cuda":
+        calls["native"] = calls["torch"]
+        torch._dynamo.reset()  # or this shape would count as one more recompilation of the last, and soon run eagerly
+        calls["compiled"] = torch.compile(torch_way(theirs, problem, in_place=False), dynamic=False)
+    return calls
+
+
+def contenders(
+    problem: Problem, calls: dict[str, Call], device: str, backward: bool
+) -> dict[str, Callable[[], object]]:
     """One training step of the layer each way, and a copy of the tensor."""
     input, grad_output, residual = tensors(problem, device)
-    ours, theirs = layers_of(problem, device)
     target = torch.empty_like(input.detach())
 
-    def step(call: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[], object]:
+    def step(call: Call) -> Callable[[], object]:
         def run() -> None:
             out = call(input, residual)
             if backward:
@@ -121,19 +141,23 @@ def contenders(problem: Problem, device: str, backward: bool) -> dict[str, Calla
                 input.grad = None
                 if residual is not None:
                     residual.grad = None
-            if device != "cpu":
-                torch.cuda.synchronize()
 
         return run
 
-    runs: dict[str, Callable[[], object]] = {
-        "ours": step(ours),
-        "torch": step(torch_way(theirs, problem, in_place=False)),
-        "copy": lambda: target.copy_(input.detach()),
-    }
-    if problem.case != "bn":
-        runs["torch_in_place"] = step(torch_way(theirs, problem, in_place=True))
-    return runs
+    runs = {name: step(call) for name, call in calls.items()}
+    if "native" in runs:
+        runs["native"] = without_cudnn(runs["native"])
+    return runs | {"copy": lambda: target.copy_(input.detach())}
+
+
+def without_cudnn(function: Callable[[], object]) -> Callable[[], object]:
+    """The call on torch's own kernels: whether torch takes cuDNN's depends on its version, the dtype and the layout."""
+
+    def run() -> object:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function()
+
+    return run
 
 
 def check_values(problem: Problem, device: str) -> float:
@@ -170,16 +194,19 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 def measure(problem: Problem, device: str = "cpu", seconds: float = 0.6) -> dict[str, Any]:
     """One row: times of forward, and of forward and backward, with their ratios to torch and to a copy."""
     row: dict[str, Any] = {**asdict(problem), "error": check_values(problem, device)}
+    calls, clock = calls_of(problem, device), clock_of(device)
     for name, backward in (("forward", False), ("both", True)):
-        times = interleaved(contenders(problem, device, backward), seconds / 2)
+        times = interleaved(contenders(problem, calls, device, backward), seconds / 2, clock=clock)
         row[name] = {
             "seconds": {contender: asdict(timing) for contender, timing in times.items()},
             "speedup": times["torch"].p50 / times["ours"].p50,
             "copies": times["ours"].p50 / times["copy"].p50,
         }
-        if "torch_in_place" in times:
-            row[name]["speedup_in_place"] = times["torch_in_place"].p50 / times["ours"].p50
-    row["least_copies"] = LEAST_COPIES[problem.case]
+        for other in ("in_place", "native", "compiled"):
+            contender = "torch_in_place" if other == "in_place" else other
+            if contender in times:
+                row[name][f"speedup_{other}"] = times[contender].p50 / times["ours"].p50
+    row["least_copies"] = (LEAST_COPIES_CUDA if device == "cuda" else LEAST_COPIES)[problem.case]
     return row
 
 
@@ -196,6 +223,7 @@ def evaluation(problem: Problem, device: str = "cpu", seconds: float = 0.3) -> d
                 "copy": lambda: target.copy_(input),
             },
             seconds,
+            clock=clock_of(device),
         )
     return {
         "speedup": times["torch"].p50 / times["ours"].p50,

@@ -13,7 +13,9 @@ from ..errors import UserError
 from .timing import interleaved
 
 
-def model_step(model: nn.Module, example: Any, seconds: float, layout: str = "contiguous") -> dict[str, Any]:
+def model_step(
+    model: nn.Module, example: Any, seconds: float, layout: str = "contiguous", dtype: str = "float32"
+) -> dict[str, Any]:
     """Forward, backward and SGD step of `model` and of its converted copy, interleaved.
 
     Both start from the same parameters; the losses of the first step are compared before anything is timed.
@@ -23,6 +25,7 @@ def model_step(model: nn.Module, example: Any, seconds: float, layout: str = "co
         example: what it is called with: a tensor, a tuple or a dict.
         seconds: how long to measure.
         layout: "channels_last" brings parameters and 4-D inputs to that memory format.
+        dtype: "bfloat16" runs the forward under autocast.
 
     Raises:
         UserError: the network does not run on the example, or has no batch normalization.
@@ -36,27 +39,36 @@ def model_step(model: nn.Module, example: Any, seconds: float, layout: str = "co
     layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
     if not layers:
         raise UserError("the network has no batch normalization, --model, give one that has, or compare layers instead")
-    steps = {"ours": _step(ours.train(), example), "torch": _step(model.train(), example)}
+    steps = {name: training_step(m.train(), example, dtype) for name, m in (("ours", ours), ("torch", model))}
     losses = {name: step() for name, step in steps.items()}
-    if abs(losses["ours"] - losses["torch"]) > 1e-3 * max(1.0, abs(losses["torch"])):
+    limit = 1e-3 if dtype == "float32" else 1e-1  # the sum of many terms of either sign, each a rounding off
+    if abs(losses["ours"] - losses["torch"]) > limit * max(1.0, abs(losses["torch"])):
         raise AssertionError(f"the first losses differ: {losses}")
     times = interleaved(steps, seconds)
     return {
         "layers": layers,
         "layout": layout,
+        "dtype": dtype,
         "seconds": {name: vars(timing) for name, timing in times.items()},
         "speedup": times["torch"].p50 / times["ours"].p50,
     }
 
 
-def _step(model: nn.Module, example: Any) -> Callable[[], float]:
+def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Callable[[], float]:
+    """Forward (under autocast where the dtype is not float32), backward and an SGD step; returns the loss.
+
+    Raises:
+        UserError: when it is called, a network that does not run on the example.
+    """
+    device = next(model.parameters()).device.type
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     direction: list[Tensor] = []
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         try:
-            out = _first_tensor(_call(model, example))
+            with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+                out = _first_tensor(_call(model, example))
         except Exception as error:
             raise UserError(
                 f"the network raises on its example ({str(error).splitlines()[0]}), --model, correct its shape"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from .layers import CASES, DTYPES, LAYOUTS, SHAPES, Problem, measure, parse_choice, parse_shapes
+from .layers import CASES, DTYPES, LAYOUTS, SHAPES, SHAPES_CUDA, Problem, measure, parse_choice, parse_shapes
 from .model import map_tensors, model_step
 from .timing import geometric_mean, machine
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    shapes: str = SHAPES,
+    shapes: str = "",
     dtypes: str = "float32",
     layouts: str = ",".join(LAYOUTS),
     cases: str = "bn+relu",
@@ -28,6 +28,9 @@ def bench(
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Time the layers on this machine; lists are comma-separated, as on the command line.
+
+    On a GPU times are the device's own, the L2 cache emptied before each call, and torch is timed three times: as it
+    chooses (cuDNN or not), without cuDNN, and compiled.
 
     Returns:
         {"machine", "rows", "means"}: a row a shape, dtype, layout and case (see `measure`), and the geometric means of
@@ -40,7 +43,7 @@ def bench(
     problems = [
         Problem(shape, dtype, layout, case)
         for shape, dtype, layout, case in product(
-            parse_shapes(shapes),
+            parse_shapes(shapes or (SHAPES_CUDA if device == "cuda" else SHAPES)),
             parse_choice(dtypes, DTYPES, "--dtypes"),
             parse_choice(layouts, LAYOUTS, "--layouts"),
             parse_choice(cases, CASES, "--cases"),
@@ -68,19 +71,28 @@ def _prepare(device: str, threads: int | None, seconds: float) -> None:
 
 
 def bench_model(
-    model: str, layouts: str, device: str = "cpu", threads: int | None = None, seconds: float = 1.0
+    model: str,
+    layouts: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 1.0,
+    dtypes: str = "float32",
 ) -> dict[str, Any]:
-    """A user's whole training step by layout: `model` names a factory, `() -> (model, example)`.
+    """A user's whole training step by layout and dtype: `model` names a factory, `() -> (model, example)`.
+
+    The forward runs under autocast where the dtype is bfloat16.
 
     Raises:
         UserError: a factory that cannot be imported or returns something else; a network that does not run.
     """
     from ..experiment.networks import find_factory
 
-    layouts_chosen = parse_choice(layouts, LAYOUTS, "--layouts")
+    ways = list(
+        product(parse_choice(layouts, LAYOUTS, "--layouts"), parse_choice(dtypes, ("float32", "bfloat16"), "--dtypes"))
+    )
     _prepare(device, threads, seconds)
     rows = []
-    for layout in layouts_chosen:
+    for layout, dtype in ways:
         try:
             made = find_factory(model)()
         except UserError:
@@ -94,7 +106,7 @@ def bench_model(
                 f"the factory returns {type(made).__name__}, --model {model}, return (model, example input)"
             )
         network, example = made
-        rows.append(model_step(network.to(device), _to(example, device), seconds, layout))
+        rows.append(model_step(network.to(device), _to(example, device), seconds, layout, dtype))
     return {"machine": machine(device), "model": model, "rows": rows}
 
 
@@ -109,12 +121,12 @@ def show_model(result: dict[str, Any]) -> Table:
     facts = result["machine"]
     title = f"training step of {result['model']} · torch {facts['torch']} · {facts['threads']} threads"
     table = Table(title=f"{title} · {facts['allocator']}", title_justify="left")
-    for heading in ("layout", "BN layers", "torch ms", "ours ms", "speedup"):
+    for heading in ("layout", "dtype", "BN layers", "torch ms", "ours ms", "speedup"):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
         times = row["seconds"]
         table.add_row(
-            row["layout"], str(row["layers"]), f"{times['torch']['p50'] * 1e3:.1f}",
+            row["layout"], row["dtype"], str(row["layers"]), f"{times['torch']['p50'] * 1e3:.1f}",
             f"{times['ours']['p50'] * 1e3:.1f}", f"{row['speedup']:.2f}×",
         )  # fmt: skip
     return table
@@ -131,24 +143,32 @@ def show(result: dict[str, Any]) -> Table:
     """The rows as a table for the terminal."""
     from rich.table import Table
 
-    facts = result["machine"]
+    facts, gpu = result["machine"], "cuda" in result["machine"]
     title = f"batchnorm {facts['batchnorm']} against torch {facts['torch']} · {facts['processor']} · "
-    title += f"{facts['threads']} threads · {facts['allocator']}"
-    caption = "fwd, fwd+bwd: torch's time over ours (in place: torch with in-place add and ReLU); copies: ours over a "
-    caption += "copy of the tensor; least: copies that the memory traffic allows; mean: geometric"
+    if gpu:
+        title += f"CUDA {facts['cuda']} · cuDNN {facts['cudnn']} · Triton {facts['triton']}"
+    else:
+        title += f"{facts['threads']} threads · {facts['allocator']}"
+    caption = "fwd, fwd+bwd: torch's time over ours (in place: torch with in-place add and ReLU"
+    caption += "; native: torch without cuDNN; compiled: torch.compile" if gpu else ""
+    caption += (
+        "); copies: ours over a copy of the tensor; least: copies that the memory traffic allows; mean: geometric"
+    )
     table = Table(title=title, caption=caption, title_justify="left")
     for heading in ("shape", "dtype", "layout", "case"):
         table.add_column(heading, overflow="fold")
-    for heading in ("fwd", "fwd+bwd", "in place", "copies", "least"):
+    others = ("in place", "native", "compiled") if gpu else ("in place",)
+    for heading in ("fwd", "fwd+bwd", *others, "copies", "least"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         both = row["both"]
+        speedups = [both.get(f"speedup_{other.replace(' ', '_')}") for other in others]
         table.add_row(
             "x".join(map(str, row["shape"])), row["dtype"], row["layout"], row["case"],
             f"{row['forward']['speedup']:.2f}×", f"{both['speedup']:.2f}×",
-            f"{both['speedup_in_place']:.2f}×" if "speedup_in_place" in both else "",
+            *("" if speedup is None else f"{speedup:.2f}×" for speedup in speedups),
             f"{both['copies']:.1f}", f"{row['least_copies']:.1f}",
         )  # fmt: skip
     for name, mean in result["means"].items():
-        table.add_row("mean", "", "", name, "", f"{mean:.2f}×", "", "", "", style="bold")
+        table.add_row("mean", "", "", name, "", f"{mean:.2f}×", *[""] * (len(others) + 2), style="bold")
     return table
