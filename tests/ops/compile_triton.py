@@ -63,6 +63,11 @@ def describe(kernel, programs, *arguments, **meta):
     facts["atomics"] = bool(re.search(r"\b(atom|red)\.", ptx))
     # 16 bytes a thread: asynchronous copies where a loop runs ahead, plain loads elsewhere
     facts["wide"] = bool(re.search(r"cp\.async\.c[ag]\.shared\.global .*0x10|global[\w.]*\.v4\.b32", ptx))
+    # −(a·b) + c in one instruction: of float32 in the search for moments, x less a mean that was never rounded
+    negated = set(re.findall(r"neg\.f32\s+(%\w+)", ptx))
+    facts["fused_difference"] = any(
+        negated.intersection(pair) for pair in re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), (%\w+)", ptx)
+    )
     print(json.dumps(facts))
 
 

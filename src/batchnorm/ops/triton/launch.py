@@ -30,10 +30,10 @@ class Pass:
     least_chunks: int = 1  # tiles a program takes at least: partial results stay a small part of the traffic
 
 
-STATS = Pass(thread_bytes=64, warps=4, stages=3, programs=2, least_chunks=4)
+STATS = Pass(thread_bytes=64, warps=4, stages=4, programs=2, least_chunks=4)
 REDUCE = Pass(thread_bytes=64, warps=4, stages=3, programs=16, least_chunks=4)
-APPLY = Pass(thread_bytes=64, warps=4, stages=3, programs=32)
-ELEMENT = Pass(thread_bytes=64, warps=4, stages=3, programs=16)
+APPLY = Pass(thread_bytes=64, warps=4, stages=3, programs=64)
+ELEMENT = Pass(thread_bytes=64, warps=4, stages=3, programs=64)
 TILE = 16384  # elements a program holds at a time, at most
 FUSED = 8192  # a channel (of a slice) that fits this is reduced and applied in one launch, read once
 VECTOR_BYTES = 16  # the widest access a thread has

@@ -21,6 +21,7 @@ from .tile import (
     place,
     read,
     real_positions,
+    rounded_mean,
     store_coefficients,
     total,
 )
@@ -49,8 +50,7 @@ def _near(
     # divided before it is summed: the sum of a tile near float32's largest value must not overflow
     shift = total(x * (1.0 / lines), LAST)
     if mask is not None:
-        count = counted(mask, n, last, real, LAST, BI)
-        shift = shift * (lines / tl.maximum(count, 1.0)).to(COMPUTE)
+        shift = rounded_mean(shift, counted(mask, n, last, real, LAST, BI), lines, COMPUTE)
     return shift
 
 

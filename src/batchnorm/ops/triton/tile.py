@@ -149,6 +149,16 @@ def powers(top):
 
 
 @triton.jit
+def rounded_mean(divided, count, lines, COMPUTE: tl.constexpr):
+    """The mean as a COMPUTE number, from the sum of `count` values that were each divided by `lines`.
+
+    In float64 and by a division: a float32 product would be fused with the subtraction of x − mean, as one that was
+    never rounded, and x would be taken from another number than the one that is later added back.
+    """
+    return (divided.to(tl.float64) / (tl.maximum(count, 1.0) / lines)).to(COMPUTE)
+
+
+@triton.jit
 def moments(x, real, count, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr):
     """Mean and M2 of a tile's `count` real values in float64, one a channel, by two passes over its registers.
 
@@ -157,7 +167,7 @@ def moments(x, real, count, LAST: tl.constexpr, BN: tl.constexpr, BI: tl.constex
     """
     inverse = 1.0 / tl.maximum(count, 1.0)
     # divided before it is summed: the sum of a tile near float32's largest value must not overflow
-    shift = total(only(real, x) * (1.0 / (BN * BI)), LAST) * (BN * BI * inverse).to(x.dtype)
+    shift = rounded_mean(total(only(real, x) * (1.0 / (BN * BI)), LAST), count, BN * BI, x.dtype)
     d = only(real, x - shift[None, :])
     unit = tl.full(shift.shape, 1.0, x.dtype)
     if x.dtype == tl.float32:
