@@ -5,6 +5,20 @@
 namespace bn {
 namespace {
 
+// Where every backward begins.
+void take_gradient(Call& call, Arguments& in) {
+  call.grad_output = in.tensor();
+  call.input = in.tensor();
+  call.mean = in.tensor();
+  call.var = in.tensor();
+}
+
+void release_moments(Call& call, StableIValue* stack) {
+  stack[0] = call.mean.release();
+  stack[1] = call.var.release();
+  stack[2] = call.count.release();
+}
+
 void stats_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   Call call;
@@ -14,9 +28,7 @@ void stats_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   call.prepare();
   call.new_moments();
   stats(call.problem, call.pool());
-  stack[0] = call.mean.release();
-  stack[1] = call.var.release();
-  stack[2] = call.count.release();
+  release_moments(call, stack);
 }
 
 void apply_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -48,18 +60,13 @@ void forward_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   call.problem.out = out.data();
   forward(call.problem, call.pool());
   stack[0] = out.release();
-  stack[1] = call.mean.release();
-  stack[2] = call.var.release();
-  stack[3] = call.count.release();
+  release_moments(call, stack + 1);
 }
 
 void backward_reduce_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   Call call;
-  call.grad_output = in.tensor();
-  call.input = in.tensor();
-  call.mean = in.tensor();
-  call.var = in.tensor();
+  take_gradient(call, in);
   call.take_affine(in);
   call.mask = in.optional_tensor();
   call.take_form(in);
@@ -76,10 +83,7 @@ void backward_reduce_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
 void backward_elemt_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   Call call;
-  call.grad_output = in.tensor();
-  call.input = in.tensor();
-  call.mean = in.tensor();
-  call.var = in.tensor();
+  take_gradient(call, in);
   call.take_affine(in);
   call.mask = in.optional_tensor();
   const Tensor sum_dy = in.optional_tensor(), sum_dy_xmu = in.optional_tensor();
@@ -106,10 +110,7 @@ void backward_elemt_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
 void backward_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   Call call;
-  call.grad_output = in.tensor();
-  call.input = in.tensor();
-  call.mean = in.tensor();
-  call.var = in.tensor();
+  take_gradient(call, in);
   call.count = in.optional_tensor();
   call.take_affine(in);
   call.mask = in.optional_tensor();
@@ -150,9 +151,25 @@ double overflow(const Tensor& buffer) {
   }
 }
 
-// The buffers, moved by the moments that the call holds.
-void move_buffers(Call& call, const Tensor& mean, const Tensor& var, const Tensor& batches, bool given, double momentum,
-                  bool skip_nonfinite) {
+// The buffers, and how a batch moves them.
+struct Buffers {
+  Tensor mean, var, batches;
+  double momentum = 0;
+  bool given = false, skip_nonfinite = false;
+
+  void take(Arguments& in) {
+    mean = in.optional_tensor();
+    var = in.optional_tensor();
+    batches = in.optional_tensor();
+  }
+  void take_rule(Arguments& in) {
+    given = in.optional_number(&momentum);
+    skip_nonfinite = in.flag();
+  }
+  void move(Call& call) const;  // by the moments that the call holds
+};
+
+void Buffers::move(Call& call) const {
   STD_TORCH_CHECK(given || batches, "momentum=None averages all batches and needs num_batches_tracked");
   Running r;
   r.c = call.mean.sizes()[call.mean.dim() - 1];
@@ -174,14 +191,14 @@ void move_buffers(Call& call, const Tensor& mean, const Tensor& var, const Tenso
 
 void update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
-  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
+  Buffers buffers;
+  buffers.take(in);
   Call call;
   call.mean = in.tensor();
   call.var = in.tensor();
   call.count = in.tensor();
-  double momentum = 0;
-  const bool given = in.optional_number(&momentum);
-  move_buffers(call, mean, var, batches, given, momentum, in.flag());
+  buffers.take_rule(in);
+  buffers.move(call);
 }
 
 void forward_update_running_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -190,20 +207,18 @@ void forward_update_running_boxed(StableIValue* stack, std::uint64_t, std::uint6
   call.input = in.tensor();
   call.take_affine(in);
   call.mask = in.optional_tensor();
-  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
-  double momentum = 0;
-  const bool given = in.optional_number(&momentum), skip_nonfinite = in.flag();
+  Buffers buffers;
+  buffers.take(in);
+  buffers.take_rule(in);
   call.take_form(in);
   call.prepare();
   call.new_moments();
   Tensor out = call.new_output();
   call.problem.out = out.data();
   forward(call.problem, call.pool());
-  move_buffers(call, mean, var, batches, given, momentum, skip_nonfinite);
+  buffers.move(call);
   stack[0] = out.release();
-  stack[1] = call.mean.release();
-  stack[2] = call.var.release();
-  stack[3] = call.count.release();
+  release_moments(call, stack + 1);
 }
 
 // An output that tells its z.
@@ -218,9 +233,9 @@ void forward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   call.input = in.tensor();
   call.weight = in.optional_tensor();
   call.bias = in.optional_tensor();
-  const Tensor mean = in.optional_tensor(), var = in.optional_tensor(), batches = in.optional_tensor();
-  double momentum = 0;
-  const bool given = in.optional_number(&momentum), skip_nonfinite = in.flag();
+  Buffers buffers;
+  buffers.take(in);
+  buffers.take_rule(in);
   call.take_form(in);
   check_undone(call.problem);
   const void* const place = call.input.data();
@@ -230,19 +245,14 @@ void forward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   call.new_moments();
   call.problem.out = call.input.data();
   forward(call.problem, call.pool());
-  move_buffers(call, mean, var, batches, given, momentum, skip_nonfinite);
-  stack[0] = call.mean.release();
-  stack[1] = call.var.release();
-  stack[2] = call.count.release();
+  buffers.move(call);
+  release_moments(call, stack);
 }
 
 void backward_inplace_boxed(StableIValue* stack, std::uint64_t, std::uint64_t) {
   Arguments in(stack);
   Call call;
-  call.grad_output = in.tensor();
-  call.input = in.tensor();
-  call.mean = in.tensor();
-  call.var = in.tensor();
+  take_gradient(call, in);
   call.count = in.tensor();
   call.weight = in.optional_tensor();
   call.bias = in.optional_tensor();
