@@ -14,7 +14,7 @@ import argparse
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ TRAFFIC = {"stats": 0.5, "apply": 1.5, "backward_reduce": 2.0, "backward_elemt":
 Call = Callable[[], object]
 
 
-def layers(batch: int, seconds: float) -> list[str]:
+def layers(batch: int, seconds: float) -> Iterator[list[str]]:
     """ResNet-50's stages: forward + backward in copies, and torch's time over ours."""
     head = "| tensor | case | copy µs | ours | eager | native | compiled | × eager | × native | × compiled | of bound |"
     lines = [head, "|---" * 11 + "|"]
@@ -47,7 +47,7 @@ def layers(batch: int, seconds: float) -> list[str]:
         result = bench.bench(shapes, dtypes, layouts, cases, "cuda", None, seconds)
         lines += [layer_row(row) for row in result["rows"]]
         print("\n".join(lines[-len(result["rows"]) :]), flush=True)
-    return lines
+        yield lines
 
 
 def layer_row(row: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def layer_row(row: dict[str, Any]) -> str:
     return "| " + " | ".join([*cells, f"{100 * row['least_copies'] / both['copies']:.0f} %"]) + " |"
 
 
-def passes(batch: int, seconds: float) -> list[str]:
+def passes(batch: int, seconds: float) -> Iterator[list[str]]:
     """The share of the copy's bandwidth that each primitive reaches on BN + add + ReLU in bfloat16."""
     lines = ["| tensor | " + " | ".join(TRAFFIC) + " |", "|---" * 5 + "|"]
     for layout in bench.LAYOUTS:
@@ -70,7 +70,7 @@ def passes(batch: int, seconds: float) -> list[str]:
             shares = [f"{100 * TRAFFIC[name] * times['copy'].p50 / times[name].p50:.0f} %" for name in TRAFFIC]
             lines.append("| " + " | ".join([f"{batch}x{stage} {layout}", *shares]) + " |")
             print(lines[-1], flush=True)
-    return lines
+        yield lines
 
 
 def primitives(shape: tuple[int, ...], layout: str) -> tuple[dict[str, Call], Call]:
@@ -99,7 +99,7 @@ def primitives(shape: tuple[int, ...], layout: str) -> tuple[dict[str, Call], Ca
     }, lambda: dx.copy_(x)
 
 
-def host() -> list[str]:
+def host() -> Iterator[list[str]]:
     """Microseconds that the host takes over one small layer's step, the device far behind or idle."""
     lines = ["| 60 × 100, BN + add + ReLU | ours | eager |", "|---" * 3 + "|"]
     x, r, g = (torch.randn(60, 100, device="cuda") for _ in range(3))
@@ -110,33 +110,39 @@ def host() -> list[str]:
     both = bench.interleaved({name: lambda f=f: torch.autograd.grad(f(), [x, r], g) for name, f in calls.items()}, 1.0)
     for name, times in (("forward", forward), ("forward and backward", both)):
         lines.append(f"| {name} | {times['ours'].p50 * 1e6:.0f} | {times['eager'].p50 * 1e6:.0f} |")
-    return lines
+    yield lines
 
 
-def model(batch: int, seconds: float) -> list[str]:
-    """ResNet-50's whole training step in bfloat16 (autocast), channels_last, SGD."""
+WAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda m: m,
+    "ours, `convert`": batchnorm.convert,
+    "ours, `fuse`": batchnorm.fuse,
+    "compiled": torch.compile,
+    "ours compiled, `fuse(rest='inductor')`": lambda m: batchnorm.fuse(m, rest="inductor"),
+}
+
+
+def model(batch: int, seconds: float) -> Iterator[list[str]]:
+    """ResNet-50's whole training step in bfloat16 (autocast), channels_last, SGD.
+
+    First what compiles in seconds, then all again: inductor takes minutes, and a run cut short has the rest.
+    """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = ResNetForImageClassification(ResNetConfig(num_labels=1000)).cuda().to(memory_format=torch.channels_last)
     example = {"pixel_values": torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)}
-    ways: dict[str, Callable[[nn.Module], Any]] = {
-        "eager": lambda m: m,
-        "ours, `convert`": batchnorm.convert,
-        "ours, `fuse`": batchnorm.fuse,
-        "compiled": torch.compile,
-        "ours compiled, `fuse(rest='inductor')`": lambda m: batchnorm.fuse(m, rest="inductor"),
-    }
-    steps, lines = {}, ["| training step | ms | × eager |", "|---" * 3 + "|"]
-    for name, way in ways.items():
-        steps[name] = bench.training_step(way(copy.deepcopy(network).train()), example, "bfloat16")
-        print(name, "first loss", steps[name](), flush=True)
-    times = bench.interleaved(steps, seconds * 20)
-    eager = times["eager"].p50
-    lines += [f"| {name} | {t.p50 * 1e3:.1f} | {eager / t.p50:.2f} |" for name, t in times.items()]
-    print("\n".join(lines), flush=True)
-    return lines
+    steps: dict[str, Call] = {}
+    for names in (list(WAYS)[:3], list(WAYS)[3:]):
+        for name in names:
+            steps[name] = bench.training_step(WAYS[name](copy.deepcopy(network).train()), example, "bfloat16")
+            print(name, "first loss", steps[name](), flush=True)
+        times = bench.interleaved(steps, seconds * 20)
+        eager = times["eager"].p50
+        rows = [f"| {name} | {t.p50 * 1e3:.1f} | {eager / t.p50:.2f} |" for name, t in times.items()]
+        print("\n".join(rows), flush=True)
+        yield ["| training step | ms | × eager |", "|---" * 3 + "|", *rows]
 
 
 def versions() -> str:
@@ -165,15 +171,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("batchnorm: no CUDA device, on this machine, run this where there is a GPU", file=sys.stderr)
         raise SystemExit(2)
-    tables: dict[str, Callable[[], list[str]]] = {
+    tables: dict[str, Callable[[], Iterator[list[str]]]] = {
         "layers": lambda: layers(options.batch, options.seconds),
         "passes": lambda: passes(options.batch, options.seconds),
         "host": host,
         "model": lambda: model(options.batch, options.seconds),
     }
-    for name in options.parts.split(","):
-        lines = [f"{versions()} `python benchmarks/gpu.py --parts {name}`", "", *tables[name]()]
-        PAGE.write_text(put(PAGE.read_text(), name, lines))
+    parts = options.parts.split(",")
+    if not tables.keys() >= set(parts):
+        print(f"batchnorm: no part {options.parts!r}, in --parts, choose from {','.join(tables)}", file=sys.stderr)
+        raise SystemExit(2)
+    for name in parts:
+        for lines in tables[name]():  # the page as it is so far: a run cut short keeps what it has measured
+            head = [f"{versions()} `python benchmarks/gpu.py --parts {name}`", ""]
+            PAGE.write_text(put(PAGE.read_text(), name, head + lines))
 
 
 if __name__ == "__main__":
