@@ -166,6 +166,24 @@ def test_strips_far_apart_cancel_nothing(arrangement):
     assert ((var.cpu() / want.var - 1).abs() <= 1e-6).all()
 
 
+@pytest.mark.parametrize("arrangement", ["contiguous", "channels_last"])
+def test_a_short_last_slice_leaves_strips_empty(arrangement):
+    """Five samples in slices of four: the strips are cut for four, and some of the fifth sample's have no value."""
+    x, g = torch.randn(5, 3, 40) + 2, torch.randn(5, 3, 40)
+    want = truth(x, grad_output=g, slice_size=4)
+    x, g = layout(x, arrangement).to(DEVICE), layout(g, arrangement).to(DEVICE)
+    tail = (None, None, None, None, 1e-5, "", 0.01, 4)
+    with cutting("strips"):
+        cut = launch.plan(x, 4, launch.STATS)
+        assert cut.samples - cut.per_slice <= (cut.strips - 1) * cut.chunks * cut.tile[0]  # the last strip of it
+        out, mean, var, count = OPS["forward"](x, *tail)
+        dx, *_ = OPS["backward"](g, x, mean, var, count, *tail, [True] + [False] * 3)
+    assert count.tolist() == [160, 40]
+    close(out.cpu(), want.out, torch.float32)
+    vectors_close(var, want.var, torch.float32)
+    close(dx.cpu(), want.grads["input"], torch.float32, 4)
+
+
 @given(p=problems(dtypes=(torch.float32,)))
 @few
 def test_padding_may_hold_anything(p):

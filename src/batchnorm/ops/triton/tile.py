@@ -21,7 +21,7 @@ def locate(
 ):  # fmt: skip
     """This program's slice (row), strip, channels, its lines [first, last) and how many tiles they fill.
 
-    Neighbouring programs are neighbours in memory.
+    Neighbouring programs are neighbours in memory. The last slice may be short: whole strips of it have no line.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -33,7 +33,7 @@ def locate(
     else:
         channel = tile + tl.arange(0, 1)
     first = row * per_slice + strip * chunks * BN
-    last = tl.minimum(tl.minimum(first + chunks * BN, (row + 1) * per_slice), samples)
+    last = tl.maximum(first, tl.minimum(tl.minimum(first + chunks * BN, (row + 1) * per_slice), samples))
     return row.to(tl.int64), strip, channel, channel < channels, first, last, tl.cdiv(last - first, BN)
 
 
