@@ -163,6 +163,25 @@ def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None
     torch.testing.assert_close(dx.double() * sd, exact * sd, rtol=1e-5, atol=max(2e-6, 2e-45 * sd))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_at_the_ends_of_the_number_line(activation: str, dtype: torch.dtype) -> None:
+    """No finite z becomes an infinity, and infinities and NaN go where the reference sends them."""
+    ends = [0.0, 3.0, 20.0, 80.0, 90.0, 110.0, 1e5, 1e20, 3e38]
+    z = torch.tensor([-e for e in ends] + ends, dtype=dtype).view(1, -1)
+    odd = torch.tensor([[-torch.inf, torch.inf, torch.nan]], dtype=dtype)
+    for x in (z, odd):
+        mean, var = torch.zeros(x.size(1)), torch.ones(x.size(1))
+        tail = (mean, var, None, None, None, 0.0, activation, 0.1, 0)
+        want = reference.apply(x.double(), *tail).to(dtype)
+        torch.testing.assert_close(ops.apply(x, *tail), want, rtol=TOLERANCE[dtype], atol=1e-30, equal_nan=True)
+    tail = (torch.zeros(z.numel()), torch.ones(z.numel()), None, None, None, None, None, 0.0, activation, 0.1, 0)
+    wanted = [True, False, False, False]
+    got = ops.backward(torch.ones_like(z), z, *tail, wanted)[0]
+    want = fused.backward(torch.ones_like(z), z, *tail, wanted)[0]
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=2e-16)  # the reference forms 1 - σ
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_tensors_beyond_the_cache(layout: str) -> None:
     """Where outputs are streamed past the caches and the next channel is read ahead: the same values."""

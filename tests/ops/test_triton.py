@@ -132,6 +132,10 @@ def test_every_activation_with_its_derivative(activation):
     x, g, mean, var = (t.to(DEVICE) for t in (x, g, mean, var))
     tail = (None, None, None)
     close(OPS["apply"](x, mean, var, *tail, 0.0, activation, 0.2, 0).cpu(), want.out, torch.float32)
+    ends = torch.tensor([[-3e38, -1e20, 3e38, -torch.inf, torch.inf, torch.nan]])
+    there = (torch.zeros(6), torch.ones(6), *tail, 0.0, activation, 0.2, 0)
+    found = OPS["apply"](*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in (ends, *there))).cpu()
+    torch.testing.assert_close(found, reference.apply(ends.double(), *there).float(), equal_nan=True)
     wanted = [True, False, False, False]
     dx, *rest = OPS["backward"](g, x, mean, var, None, *tail, None, 0.0, activation, 0.2, 0, wanted)
     close(dx.cpu(), want.grads["input"], torch.float32, 4)

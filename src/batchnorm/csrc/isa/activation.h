@@ -4,10 +4,9 @@
 namespace bn {
 namespace BN_ISA {
 
-// e^x for x <= 0, within 1.5 units in the last place; below -87.3 it stays at the least normal number.
-BN_INLINE VF exp_negative(VF x) {
-  const VF least = spread(-87.3f);
-  x = x < least ? least : x;
+// e^x for x <= 0, within 1.5 units in the last place; 0 below -87.3, where it would be no normal number.
+BN_INLINE VF exp_negative(VF value) {
+  const VF least = spread(-87.3f), x = value < least ? least : value;
   const VF magic = spread(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low bits
   const VF shifted = x * 1.44269504f + magic;
   const VF n = shifted - magic;
@@ -20,7 +19,7 @@ BN_INLINE VF exp_negative(VF x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const VI power = (bits<VI>(shifted) - bits<VI>(magic) + 127) << 23;
-  return p * bits<VF>(power);
+  return value < least ? VF{} : p * bits<VF>(power);
 }
 BN_INLINE VD exp_negative(VD x) {
   for (int i = 0; i < lanes<double>(); ++i) x[i] = std::exp(x[i]);
@@ -60,7 +59,7 @@ template <class A> BN_INLINE V<A> activate(Act act, V<A> z, A negative_slope) {
     case Act::silu: return z * sigmoid(z);
     case Act::hardswish: {
       const V<A> t = z + 3;
-      return z * (t < 0 ? zero : (t > 6 ? zero + 6 : t)) / 6;
+      return z * ((t < 0 ? zero : (t > 6 ? zero + 6 : t)) / 6);  // z·6 could overflow
     }
     case Act::sigmoid: return sigmoid(z);
     case Act::tanh: return hyperbolic_tangent(z);

@@ -32,7 +32,7 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     elif ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
     elif ACTIVATION == "hardswish":
-        z = tl.where(z <= -3, 0.0, tl.where(z >= 3, z, z * (z + 3) / 6))
+        z = z * (tl.minimum(tl.maximum(z + 3, 0.0), 6.0) / 6)
     elif ACTIVATION == "sigmoid":
         z = tl.sigmoid(z)
     elif ACTIVATION == "tanh":
