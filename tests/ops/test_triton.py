@@ -359,30 +359,3 @@ class TestRegistration:
     def test_what_the_kernels_do_not_cover_goes_to_the_reference(self, x):
         for found, want in zip(register.chosen("stats")(x, None, 0), reference.stats(x, None, 0), strict=True):
             assert torch.equal(found, want)
-
-
-@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
-@settings(max_examples=300)
-def test_division_by_multiplication(divisor, n):
-    magic, bits = launch.reciprocal(divisor)
-    assert -(2**31) <= magic < 2**31
-    whole = n // divisor * divisor
-    for line in (n, whole, max(0, whole - 1), 2**31 - 1):
-        assert ((2 * line * (magic % 2**32)) >> 32) >> bits == line // divisor
-
-
-def test_the_cut_covers_every_element_once():
-    """Every size of tensor, without running a kernel: strips of whole chunks reach the end, and none lies beyond it."""
-    for shape in [(256, 64, 56, 56), (3, 3, 224, 224), (8, 2048, 7, 7), (60, 100), (1, 1, 5), (70000, 3), (2, 512, 1)]:
-        for memory in ("contiguous", "channels_last"):
-            x = layout(torch.empty(shape, device="meta"), memory)
-            for slice_size in (0, 1, 7):
-                for how in (launch.STATS, launch.REDUCE, launch.APPLY, launch.ELEMENT):
-                    cut = launch.plan(x, slice_size, how)
-                    reach = cut.strips * cut.chunks * cut.tile[0]
-                    assert reach >= cut.per_slice > (cut.strips - 1) * cut.chunks * cut.tile[0]
-                    assert cut.rows * cut.per_slice >= cut.samples
-                    assert cut.tile[0] * cut.tile[1] <= max(launch.TILE, launch.FUSED)
-                    assert not cut.fused or cut.strips == cut.chunks == 1
-                    assert cut.chunks <= launch.MOST_CHUNKS
-                    assert cut.programs < 2**31

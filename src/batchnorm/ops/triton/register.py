@@ -32,6 +32,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 PLACE = {"backward_reduce": 1, "backward_elemt": 1, "backward": 1, "update_running_": 3}
 # The file where it is not the operator's name
 HOME = {"forward_update_running_": "forward"}
+MOST_LINES = 2**31 - 2**14  # numbered in 32 bits, as are those that the last tile has beyond them
 LEAST_CAPABILITY = (7, 5)  # Turing: what Triton's current releases still compile for
 
 
@@ -47,9 +48,9 @@ def kernel(name: str) -> Callable[..., Any]:
 
 
 def covers(input: Tensor) -> bool:
-    """Whether the kernels take this tensor: not empty, of a dtype they compute in, lines numbered in 32 bits."""
+    """Whether the kernels take this tensor: not empty, of a dtype they compute in, no more lines than have numbers."""
     known = input.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return known and 0 < input.numel() < 2**31 * input.size(-1 if input.dim() < 2 else 1)
+    return known and 0 < input.numel() < MOST_LINES * input.size(-1 if input.dim() < 2 else 1)
 
 
 def chosen(name: str) -> Callable[..., Any]:

@@ -32,8 +32,10 @@ def locate(
         channel = tile * BI + tl.arange(0, BI)
     else:
         channel = tile + tl.arange(0, 1)
-    first = row * per_slice + strip * chunks * BN
-    last = tl.maximum(first, tl.minimum(tl.minimum(first + chunks * BN, (row + 1) * per_slice), samples))
+    lines = tl.minimum(per_slice, samples - row * per_slice)
+    begin = tl.minimum(strip * chunks * BN, lines)
+    first = row * per_slice + begin
+    last = first + tl.minimum(chunks * BN, lines - begin)  # a difference: near 2³¹ a sum would overflow
     return row.to(tl.int64), strip, channel, channel < channels, first, last, tl.cdiv(last - first, BN)
 
 
