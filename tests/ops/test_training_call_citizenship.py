@@ -176,6 +176,7 @@ def test_ddp(tmp_path):
             for model in (parallel, alone):
                 model.zero_grad()
                 model(x).square().sum().backward()
+        del model, parallel  # after the group it would join Gloo's thread with the GIL held, which that may wait for
     finally:
         torch.distributed.destroy_process_group()
     for a, b in zip(net.parameters(), alone.parameters(), strict=True):
