@@ -40,6 +40,9 @@ def test_lines_are_numbered_up_to_the_most_that_are_covered():
     found = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     _ends[(2,)](found, samples, per_slice, launch.ceil_div(per_slice, lines), BN=lines)
     assert found.tolist() == [[0, per_slice], [per_slice, samples]]
+    assert register.covers(torch.empty(samples, 1, device="meta"))
+    assert not register.covers(torch.empty(samples + 1, 1, device="meta"))
+    assert samples + launch.TILE < 2**31  # where the last tile ends at the most
 
 
 def test_the_cut_covers_every_element_once():

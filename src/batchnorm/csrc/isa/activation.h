@@ -4,9 +4,10 @@
 namespace bn {
 namespace BN_ISA {
 
-// e^x for x <= 0, within 1.5 units in the last place; 0 below -87.3, where it would be no normal number.
-BN_INLINE VF exp_negative(VF value) {
-  const VF least = spread(-87.3f), x = value < least ? least : value;
+// e^x for x <= 0, within 1.5 units in the last place; 0 below -87.7, where it would be no normal number.
+BN_INLINE VF exp_negative(VF x) {
+  const VF least = spread(-88.02f);  // there n is -127, and so the power of two 0
+  x = x < least ? least : x;
   const VF magic = spread(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low bits
   const VF shifted = x * 1.44269504f + magic;
   const VF n = shifted - magic;
@@ -19,7 +20,7 @@ BN_INLINE VF exp_negative(VF value) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const VI power = (bits<VI>(shifted) - bits<VI>(magic) + 127) << 23;
-  return value < least ? VF{} : p * bits<VF>(power);
+  return p * bits<VF>(power);
 }
 BN_INLINE VD exp_negative(VD x) {
   for (int i = 0; i < lanes<double>(); ++i) x[i] = std::exp(x[i]);
