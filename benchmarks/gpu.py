@@ -104,7 +104,7 @@ def host() -> Iterator[list[str]]:
     lines = ["| 60 × 100, BN + add + ReLU | ours | eager |", "|---" * 3 + "|"]
     x, r, g = (torch.randn(60, 100, device="cuda") for _ in range(3))
     x, r = x.requires_grad_(), r.requires_grad_()
-    ours, theirs = batchnorm.BatchNorm1d(100, activation="relu", device="cuda"), nn.BatchNorm1d(100, device="cuda")
+    ours, theirs = batchnorm.BatchNormAct1d(100, "relu", device="cuda"), nn.BatchNorm1d(100, device="cuda")
     calls: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(x, r), "eager": lambda: torch.relu(theirs(x) + r)}
     forward = bench.interleaved(calls, 1.0)
     both = bench.interleaved({name: lambda f=f: torch.autograd.grad(f(), [x, r], g) for name, f in calls.items()}, 1.0)

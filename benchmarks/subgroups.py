@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm1d, BatchNorm2d
+from batchnorm import BatchNormAct1d, BatchNormAct2d
 from benchmarks.marked import made_by, write_part
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -28,15 +28,15 @@ SIZES = (2, 4, 8, 16, 32, 64, 256)
 
 def convolutional(size: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, bias=False), BatchNorm2d(16, activation="relu", ghost_batch_size=size),
-        nn.Conv2d(16, 32, 3, stride=2, bias=False), BatchNorm2d(32, activation="relu", ghost_batch_size=size),
+        nn.Conv2d(1, 16, 3, bias=False), BatchNormAct2d(16, "relu", ghost_batch_size=size),
+        nn.Conv2d(16, 32, 3, stride=2, bias=False), BatchNormAct2d(32, "relu", ghost_batch_size=size),
         nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
 
 
 def dense(size: int) -> nn.Module:
     def hidden(features: int) -> list[nn.Module]:
-        norm = BatchNorm1d(100, activation="relu", ghost_batch_size=size)
+        norm = BatchNormAct1d(100, "relu", ghost_batch_size=size)
         return [nn.Linear(features, 100, bias=False), norm]
 
     return nn.Sequential(nn.Flatten(), *hidden(64), *hidden(100), nn.Linear(100, 10))

@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm2d
+from batchnorm import BatchNorm2d, BatchNormAct2d
 
 
 def pretrained(x: torch.Tensor, y: torch.Tensor) -> nn.Sequential:
     net = nn.Sequential(
-        nn.Conv2d(1, 16, 3), BatchNorm2d(16, activation="relu"), nn.Conv2d(16, 16, 3),
-        BatchNorm2d(16, activation="relu"), nn.Flatten(), nn.Linear(256, 10),
+        nn.Conv2d(1, 16, 3), BatchNormAct2d(16, "relu"), nn.Conv2d(16, 16, 3),
+        BatchNormAct2d(16, "relu"), nn.Flatten(), nn.Linear(256, 10),
     )  # fmt: skip
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     for _epoch in range(4):
@@ -32,7 +32,7 @@ def pretrained(x: torch.Tensor, y: torch.Tensor) -> nn.Sequential:
 
 
 def fine_tuned(net: nn.Sequential, way: str, x: torch.Tensor, y: torch.Tensor) -> nn.Sequential:
-    norms = [module for module in net if isinstance(module, BatchNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, BatchNorm2d)]
     for parameter in net[:-1].parameters():
         parameter.requires_grad_(False)
     for norm in norms:
@@ -60,7 +60,7 @@ def main() -> None:
         tuned = fine_tuned(copy.deepcopy(net), way, 1 - x[:400], y[:400])
         with torch.no_grad():
             accuracy = (net[-1](tuned[:-1](x[1200:])).argmax(1) == y[1200:]).float().mean().item()
-        moved = (tuned[1].running_mean - net[1].running_mean).abs() / net[1].running_var.sqrt()
+        moved = (tuned[1].norm.running_mean - net[1].norm.running_mean).abs() / net[1].norm.running_var.sqrt()
         print(
             f"{way:>7}: the statistics moved by {moved.max():.2f} standard deviations; "
             f"the first head's accuracy {accuracy:.1%}"

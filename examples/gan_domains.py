@@ -14,14 +14,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm1d, use_domain
+from batchnorm import BatchNormAct1d, use_domain
 
 REAL, FAKE = 0, 1
 
 
 def discriminator(domains: int | None) -> nn.Sequential:
-    hidden = [nn.Linear(64, 64), BatchNorm1d(64, activation="leaky_relu", negative_slope=0.2, domains=domains)]
-    deeper = [nn.Linear(64, 64), BatchNorm1d(64, activation="leaky_relu", negative_slope=0.2, domains=domains)]
+    hidden = [nn.Linear(64, 64), BatchNormAct1d(64, "leaky_relu", negative_slope=0.2, domains=domains)]
+    deeper = [nn.Linear(64, 64), BatchNormAct1d(64, "leaky_relu", negative_slope=0.2, domains=domains)]
     return nn.Sequential(*hidden, *deeper, nn.Linear(64, 1))
 
 
@@ -44,7 +44,7 @@ def run(domains: int | None) -> tuple[float, float]:
     torch.manual_seed(0)
     real = torch.tensor(load_digits().data / 8.0 - 1.0, dtype=torch.float32)
     d = discriminator(domains)
-    g = nn.Sequential(nn.Linear(16, 64), BatchNorm1d(64, activation="relu"), nn.Linear(64, 64), nn.Tanh())
+    g = nn.Sequential(nn.Linear(16, 64), BatchNormAct1d(64, "relu"), nn.Linear(64, 64), nn.Tanh())
     d_step, g_step = (torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.999)) for net in (d, g))
     for _step in range(200):
         x, fake = real[torch.randint(len(real), (64,))], g(torch.randn(64, 16))

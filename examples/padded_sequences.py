@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm1d, lengths_to_mask
+from batchnorm import BatchNorm1d, BatchNormAct1d, lengths_to_mask
 
 
 class Net(nn.Module):
@@ -21,7 +21,7 @@ class Net(nn.Module):
         super().__init__()
         self.masked = masked
         self.convs = nn.ModuleList([nn.Conv1d(8, 32, 3, padding=1), nn.Conv1d(32, 32, 3, padding=1)])
-        self.norms = nn.ModuleList([BatchNorm1d(32, activation="relu") for _ in self.convs])
+        self.norms = nn.ModuleList([BatchNormAct1d(32, "relu") for _ in self.convs])
         self.classify = nn.Linear(32, 10)
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 def contamination(net: Net) -> float:
     """How far four times the padding moves the mean of the same sequences: standard deviations, worst channel."""
-    norm = net.norms[0]
+    norm = net.norms[0].norm
     x, lengths = torch.randn(256, 8, 8) + 1, torch.randint(4, 9, (256,))
     moved = []
     for padded in (8, 32):

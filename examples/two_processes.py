@@ -18,12 +18,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm import BatchNorm2d
+from batchnorm import BatchNormAct2d
 
 
 def network(process_group: str | None) -> nn.Sequential:
     torch.manual_seed(0)
-    norm = BatchNorm2d(8, activation="relu", process_group=process_group)
+    norm = BatchNormAct2d(8, "relu", process_group=process_group)
     return nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.Flatten(), nn.Linear(288, 10))
 
 

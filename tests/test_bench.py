@@ -38,11 +38,11 @@ def test_wrong_values_are_never_timed(case, layout, monkeypatch):
     problem = bench.Problem((4, 3, 5, 5), "float32", layout, case)
     assert bench.check_values(problem, "cpu") < 1e-6
 
-    class Wrong(bench.layers.BatchNorm2d):
+    class Wrong(bench.layers.BatchNormAct2d):
         def forward(self, input, residual=None, mask=None, domain=None):
             return super().forward(input, residual) * (1 + 1e-4)
 
-    monkeypatch.setattr(layers, "BatchNorm2d", Wrong)
+    monkeypatch.setattr(layers, "BatchNormAct2d", Wrong)
     with pytest.raises(AssertionError, match="relative error"):
         bench.check_values(problem, "cpu")
 

@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm import BatchNorm1d, BatchNorm2d, use_domain
+from batchnorm import BatchNorm1d, BatchNormAct1d, BatchNormAct2d, use_domain
 from batchnorm.functional import Buffers, batch_norm, batch_norm_pure
 from tests.oracle import close, truth
 
@@ -30,9 +30,9 @@ def test_each_domain_keeps_its_own_statistics():
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_one_domain_a_sample_is_one_batch_a_domain(affine):
-    mixed = BatchNorm2d(3, domains=3, domain_affine=affine, activation="relu")
+    mixed = BatchNormAct2d(3, "relu", domains=3, domain_affine=affine)
     if affine:
-        nn.init.normal_(mixed.domain_weight)
+        nn.init.normal_(mixed.norm.domain_weight)
     apart = copy.deepcopy(mixed)
     x, g = torch.randn(9, 3, 2, 2), torch.randn(9, 3, 2, 2)
     residual = torch.randn_like(x)
@@ -209,7 +209,7 @@ def test_functional_call_moves_the_buffers_it_is_given():
 
 @pytest.mark.parametrize("keywords", [{}, {"ghost_batch_size": 2}, {"domains": 2}, {"accumulation_steps": 2}])
 def test_channels_last_axis_of_sequences(keywords):
-    by_axis, transposed = BatchNorm1d(5, feature_axis=-1, **keywords), BatchNorm1d(5, **keywords)
+    by_axis, transposed = (BatchNormAct1d(5, None, feature_axis=axis, **keywords) for axis in (-1, 1))
     x, residual = torch.randn(4, 7, 5), torch.randn(4, 7, 5)
     mask = torch.rand(4, 7) < 0.6
     a = by_axis(x, residual, mask)
@@ -226,7 +226,7 @@ def test_channels_last_axis_of_sequences(keywords):
 def test_configure_is_all_or_nothing():
     layer = BatchNorm1d(3, track_running_stats=False)
     with pytest.raises(ValueError, match="track_running_stats"):
-        layer.configure(activation="relu", accumulation_steps=2)
-    assert layer.activation is None
-    with pytest.raises(TypeError, match="no keyword momentun"):
+        layer.configure(nonfinite="skip", accumulation_steps=2)
+    assert layer.nonfinite == "propagate"
+    with pytest.raises(TypeError, match="has no keyword momentun"):
         layer.configure(momentun=0.1)

@@ -17,7 +17,7 @@ from tests.oracle import ACTIVATION, close
 
 def net(**keywords):
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), batchnorm.BatchNorm2d(4, activation="relu", **keywords), nn.Flatten(), nn.Linear(144, 2)
+        nn.Conv2d(3, 4, 3), batchnorm.BatchNormAct2d(4, "relu", **keywords), nn.Flatten(), nn.Linear(144, 2)
     )
 
 
@@ -97,9 +97,9 @@ def test_first_and_second_derivatives(activation, training):
 
 def test_second_derivative_of_a_deeper_graph():
     """The input is itself computed: the second order must reach what made it."""
-    model = nn.Sequential(nn.Linear(4, 5), batchnorm.BatchNorm1d(5, activation="silu"), nn.Linear(5, 1)).double()
+    model = nn.Sequential(nn.Linear(4, 5), batchnorm.BatchNormAct1d(5, "silu"), nn.Linear(5, 1)).double()
     plain = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.SiLU(), nn.Linear(5, 1)).double()
-    plain.load_state_dict({k.replace("2.", "3."): v for k, v in model.state_dict().items()})
+    plain.load_state_dict({k.replace("2.", "3.").replace("norm.", ""): v for k, v in model.state_dict().items()})
     x, penalties = torch.randn(6, 4, dtype=torch.float64), []
     for module in (model, plain):
         leaf = x.clone().requires_grad_()
@@ -139,7 +139,7 @@ def test_vmap_and_jacrev():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(use_reentrant):
-    layer, again = (batchnorm.BatchNorm1d(3, activation="relu") for _ in range(2))
+    layer, again = (batchnorm.BatchNormAct1d(3, "relu") for _ in range(2))
     x = torch.randn(8, 3, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     g = torch.randn(8, 3)

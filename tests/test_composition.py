@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm1d, BatchNorm2d, Renorm, lengths_to_mask
+from batchnorm import BatchNormAct1d, BatchNormAct2d, Renorm, lengths_to_mask
 from tests.oracle import ACTIVATION
 
 KEYWORDS = {
@@ -64,8 +64,9 @@ def moments_of(calls, ghost):
 def test_composition(names, masked, arrangement):
     keywords = {key: value for name in names for key, value in KEYWORDS[name].items()}
     spatial = (7,) if arrangement == "sequence" else (2, 3)
-    kind, axis = (BatchNorm1d, -1) if arrangement == "sequence" else (BatchNorm2d, 1)
-    layer = kind(4, dtype=torch.float64, feature_axis=axis, **keywords)
+    kind, axis = (BatchNormAct1d, -1) if arrangement == "sequence" else (BatchNormAct2d, 1)
+    composite = kind(4, dtype=torch.float64, feature_axis=axis, **{"activation": None} | keywords)
+    layer = composite.norm
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     domain = 1 if "domains" in names else 0
@@ -85,7 +86,7 @@ def test_composition(names, masked, arrangement):
         wanted = torch.autograd.grad(want, leaves, g)
         mine = [t.clone().requires_grad_() for t in (x, residual)]
         seen = [arranged(t, arrangement) for t in mine]
-        out = layer(*seen, mask, domain) if "domains" in names else layer(*seen, mask)
+        out = composite(*seen, mask, domain) if "domains" in names else composite(*seen, mask)
         out = out.movedim(axis, 1)
         found = torch.autograd.grad(out, [*mine, layer.weight, layer.bias], g)
         torch.testing.assert_close(out, want)
@@ -112,14 +113,14 @@ def arranged(tensor, arrangement):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_composition_takes_every_dtype_and_evaluates_plainly(names, dtype):
     keywords = {key: value for name in names for key, value in KEYWORDS[name].items()}
-    layer = BatchNorm2d(4, **keywords)
+    layer = BatchNormAct2d(4, **{"activation": None} | keywords)
     x = torch.randn(6, 4, 3, 3).to(dtype).requires_grad_()
     out = layer(x, mask=torch.rand(6, 3, 3) < 0.8)
     out.backward(torch.randn(out.shape).to(dtype))
     assert out.dtype == x.grad.dtype == dtype
     assert x.grad.isfinite().all()
     plain = nn.BatchNorm2d(4).eval()
-    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("domain_")})
+    plain.load_state_dict({k: v for k, v in layer.norm.state_dict().items() if not k.startswith("domain_")})
     want = plain(x.detach())
     want = nn.functional.silu(want) if "activation" in names else want
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -132,7 +133,7 @@ def test_every_composition_takes_every_dtype_and_evaluates_plainly(names, dtype)
 def test_compositions_compile_without_a_graph_break(names):
     torch._dynamo.reset()  # of one forward only so many variants are kept: those of other tests count
     keywords = {key: value for name in names for key, value in KEYWORDS[name].items()}
-    compiled_layer, eager = BatchNorm1d(3, **keywords), BatchNorm1d(3, **keywords)
+    compiled_layer, eager = (BatchNormAct1d(3, **{"activation": None} | keywords) for _ in range(2))
     compiled = torch.compile(compiled_layer, fullgraph=True, backend="aot_eager")
     mask = torch.tensor([True] * 5 + [False])
     for _ in range(2):

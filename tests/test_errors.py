@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm1d, BatchNorm2d
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d
 from batchnorm.functional import batch_norm
 
 
@@ -62,11 +62,11 @@ def test_messages_say_shape_and_axis():
     ],
 )
 def test_a_residual_that_does_not_fit(residual, error):
-    layer = BatchNorm1d(3)
+    layer = BatchNormAct1d(3)
     with pytest.raises(error, match="residual"):
         layer(x(), residual())
-    assert layer.num_batches_tracked == 0
-    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert layer.norm.num_batches_tracked == 0
+    assert torch.equal(layer.norm.running_mean, torch.zeros(3))
 
 
 def test_nothing_is_counted_where_a_call_fails():
@@ -78,7 +78,7 @@ def test_nothing_is_counted_where_a_call_fails():
 
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"activation must be None or one of relu, .*; got 'swish'"):
-        BatchNorm1d(3, activation="swish")
+        BatchNormAct1d(3, "swish")
     with pytest.raises(ValueError, match="activation"):
         batch_norm(x(), None, None, training=True, activation="swish")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm
-from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from tests.oracle import ACTIVATION, close, truth
 
 PAIRS = [
@@ -50,23 +50,24 @@ def test_training_then_evaluation_is_torchs(ours, theirs, shape, momentum, affin
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_activation_and_residual(activation, training, with_residual):
-    layer = BatchNorm2d(3, activation=activation or None, negative_slope=0.2).train(training)
-    nn.init.uniform_(layer.weight)
-    nn.init.normal_(layer.bias)
+    layer = BatchNormAct2d(3, activation or None, negative_slope=0.2).train(training)
+    norm = layer.norm
+    nn.init.uniform_(norm.weight)
+    nn.init.normal_(norm.bias)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     residual = torch.randn_like(x).requires_grad_() if with_residual else None
     g = torch.randn_like(x)
-    moments = None if training else (layer.running_mean, layer.running_var)
+    moments = None if training else (norm.running_mean, norm.running_var)
     want = truth(
-        x, layer.weight, layer.bias, grad_output=g, residual=residual, moments=moments,
+        x, norm.weight, norm.bias, grad_output=g, residual=residual, moments=moments,
         activation=activation, negative_slope=0.2,
     )  # fmt: skip
     out = layer(x, residual)
     out.backward(g)
     close(out, want.out, torch.float32)
     close(x.grad, want.grads["input"], torch.float32, 4)
-    close(layer.weight.grad, want.grads["weight"], torch.float32, 4)
-    close(layer.bias.grad, want.grads["bias"], torch.float32, 4)
+    close(norm.weight.grad, want.grads["weight"], torch.float32, 4)
+    close(norm.bias.grad, want.grads["bias"], torch.float32, 4)
     if residual is not None:
         close(residual.grad, want.grads["residual"], torch.float32, 4)
 
@@ -81,7 +82,7 @@ def test_gamma_sigma_beta_mu_restores_the_input():
 
 
 def test_both_ways_of_state_dict_pickle_and_copy():
-    ours, theirs = BatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3)
+    ours, theirs = BatchNorm2d(3, ghost_batch_size=2), nn.BatchNorm2d(3)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -89,7 +90,7 @@ def test_both_ways_of_state_dict_pickle_and_copy():
     again = pickle.loads(pickle.dumps(ours))
     assert torch.equal(copy.deepcopy(ours)(x), again(x))
     theirs.__class__ = BatchNorm2d  # a layer that was never constructed here has the defaults
-    assert theirs.activation is None
+    assert theirs.ghost_batch_size is None
     assert theirs(x).shape == x.shape
     buffer = io.BytesIO()
     torch.save(ours.state_dict(), buffer)
@@ -100,7 +101,8 @@ def test_both_ways_of_state_dict_pickle_and_copy():
 def test_subclasses_torchs_and_says_so():
     for ours, theirs, _ in PAIRS:
         assert issubclass(ours, theirs)
-    assert "activation=relu" in repr(BatchNorm1d(3, activation="relu"))
+    assert "ghost_batch_size=4" in repr(BatchNorm1d(3, ghost_batch_size=4))
+    assert "(act): ReLU()" in repr(BatchNormAct1d(3))
     assert repr(BatchNorm1d(3)) == repr(nn.BatchNorm1d(3))
 
 
@@ -182,7 +184,7 @@ def test_activation_saves_no_tensor_more_than_bn_alone():
     def held(activation):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes), lambda _: None):
-            BatchNorm2d(3, activation=activation)(torch.randn(4, 3, 8, 8, requires_grad=True))
+            BatchNormAct2d(3, activation)(torch.randn(4, 3, 8, 8, requires_grad=True))
         return sum(sizes)
 
     plain = held(None)
@@ -196,7 +198,9 @@ def test_any_channels_last_batch(pair, samples, activation):
     x = torch.randn(samples, *shape[1:]).movedim(1, -1).contiguous().movedim(-1, 1)
     if samples * x[:1].numel() == shape[1]:
         return
-    layer = ours(5, activation=activation or None)
+    layer = {BatchNorm1d: BatchNormAct1d, BatchNorm2d: BatchNormAct2d, BatchNorm3d: BatchNormAct3d}[ours](
+        5, activation or None
+    )
     out = layer(x)
     assert out.stride() == x.stride()
     close(out, truth(x, activation=activation).out, torch.float32)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm1d, Renorm
+from batchnorm import BatchNormAct1d, Renorm
 from batchnorm.functional import Buffers, batch_norm_pure
 
 VARIANTS = {
@@ -36,10 +36,10 @@ def _fresh_compiler():
 
 
 def build(variant):
-    layer = BatchNorm1d(3, activation="silu", **VARIANTS[variant])
+    layer = BatchNormAct1d(3, "silu", **VARIANTS[variant])
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    layer.frozen = variant == "frozen"
+    layer.norm.frozen = variant == "frozen"
     return layer
 
 
@@ -78,15 +78,15 @@ def test_frozen_is_evaluation_with_a_gradient(variant):
     for _ in range(2):
         call(layer, *batch(variant)[:3])
     evaluated = copy.deepcopy(layer).eval()
-    evaluated.frozen = False
-    layer.frozen = True
+    evaluated.norm.frozen = False
+    layer.norm.frozen = True
     before = copy.deepcopy(layer.state_dict())
     arguments = batch(variant)
     for _ in range(2):
         found = gradients(call, layer.train(), *arguments)
         torch.testing.assert_close(found, gradients(call, evaluated, *arguments))
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    layer.frozen = False
+    layer.norm.frozen = False
     layer.eval()
     torch.testing.assert_close(call(layer, *arguments[:3]), call(evaluated, *arguments[:3]))
 
@@ -186,6 +186,7 @@ PURE = ["plain", "masked", "ghost", "renorm", "skip", "axis", "average", "domain
 
 def pure(layer, x, mask, domain):
     """The layer's call in the pure form; a domain is the buffers that are given."""
+    layer = layer.norm
     memory = layer.memory(domain)
     keywords = {name: getattr(layer, name) for name in ("ghost_batch_size", "renorm", "nonfinite", "feature_axis")}
     return batch_norm_pure(
@@ -198,12 +199,12 @@ def test_the_pure_form_of(variant):
     layer = build(variant)
     for _ in range(3):
         x, mask, domain, g = batch(variant)
-        (out, new), given = pure(layer, x, mask, domain), copy.deepcopy(layer.memory(domain)[:3])
+        (out, new), given = pure(layer, x, mask, domain), copy.deepcopy(layer.norm.memory(domain)[:3])
         want = gradients(lambda *a: pure(*a)[0], layer, x, mask, domain, g)
-        torch.testing.assert_close(layer.memory(domain)[:3], given, rtol=0, atol=0)
+        torch.testing.assert_close(layer.norm.memory(domain)[:3], given, rtol=0, atol=0)
         torch.testing.assert_close(gradients(call, layer, x, mask, domain, g), want)
         torch.testing.assert_close(out, want[0])
-        torch.testing.assert_close(tuple(new), layer.memory(domain)[:3])
+        torch.testing.assert_close(tuple(new), layer.norm.memory(domain)[:3])
 
 
 @pytest.mark.parametrize("variant", ["plain", "masked", "renorm"])
@@ -231,7 +232,7 @@ def test_what_the_pure_form_cannot_be():
 
 def test_domains_by_sample_break_the_graph():
     """The sizes of the parts are read on the host: torch.compile works, but not in one graph."""
-    layer = BatchNorm1d(3, domains=2)
+    layer = BatchNormAct1d(3, None, domains=2)
     again = copy.deepcopy(layer)
     x, domain = torch.randn(6, 3, 4), torch.tensor([0, 1, 1, 0, 0, 1])
     compiled = torch.compile(call, backend="aot_eager")

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm import BatchNorm2d
+from batchnorm import BatchNorm2d, BatchNormAct2d
 
 TRAIN = 1440  # samples; the other 357 are for testing
 
@@ -42,9 +42,9 @@ def network(process_group: str | None) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, bias=False),
-        BatchNorm2d(16, activation="relu", process_group=process_group),
+        BatchNormAct2d(16, "relu", process_group=process_group),
         nn.Conv2d(16, 32, 3, stride=2, bias=False),
-        BatchNorm2d(32, activation="relu", process_group=process_group),
+        BatchNormAct2d(32, "relu", process_group=process_group),
         nn.Flatten(),
         nn.Linear(128, 10),
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import functional
+from . import functional, registrations  # noqa: F401  # enters our layers in the tables of torch.ao
 from ._version import __version__
-from .bookkeeping import use_domain
+from .domains import use_domain
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
+from .norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .ops.extension import empty_cache
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "Monitor",
     "Renorm",
     "__version__",

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .ops import ACTIVATIONS
+from .options import check_ghost_batch_size
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
 
 
-def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int | None, synchronised: bool) -> None:
+def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int | None, synchronized: bool) -> None:
     """The input's dtype, dimensions and number of values a channel, and eps."""
     if input.dtype not in _FLOATING:
         raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, convert the input first')
@@ -28,7 +29,7 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
         check_ghost_batch_size(ghost_batch_size)
         samples = min(samples, ghost_batch_size)
     # other ranks may hold the values that this one lacks
-    if samples == 1 and not synchronised and input.numel() == size[0] * size[1] != 0:
+    if samples == 1 and not synchronized and input.numel() == size[0] * size[1] != 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {size}: "
             "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval()"
@@ -100,11 +101,6 @@ def check_residual(input: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def check_ghost_batch_size(ghost_batch_size: int | None) -> None:
-    if ghost_batch_size is not None and (not isinstance(ghost_batch_size, int) or ghost_batch_size < 1):
-        raise ValueError(f"ghost_batch_size must be None or a positive number of samples, got {ghost_batch_size!r}")
-
-
 def check_momentum(
     momentum: float | None, training: bool, running_mean: Tensor | None, num_batches_tracked: Tensor | None
 ) -> None:
@@ -112,8 +108,6 @@ def check_momentum(
         raise ValueError("momentum=None averages over num_batches_tracked: give that counter, or a momentum")
 
 
-def check_words(activation: str | None, nonfinite: str = "propagate") -> None:
+def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if nonfinite not in ("propagate", "skip"):
-        raise ValueError(f"nonfinite must be 'propagate' or 'skip', got {nonfinite!r}")

@@ -17,6 +17,11 @@ class UserError(ValueError):
         super().__init__(_UNPRINTABLE.sub(" ", str(sentence)).strip())
 
 
+class KeywordError(UserError, TypeError):
+    """A keyword that a function does not take: for `except TypeError`, as Python says it, and for `except ValueError`,
+    as everything else is refused here."""
+
+
 def quote_error(error: BaseException, limit: int = 200) -> str:
     """Returns another exception's type and message in at most `limit` characters, for use inside a sentence."""
     message = _UNPRINTABLE.sub(" ", str(error)).strip()

@@ -1,43 +1,39 @@
-"""Floor 4: BatchNorm1d, BatchNorm2d and BatchNorm3d. Arguments, buffers and the call; the work is `functional`'s."""
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d: arguments, buffers and the call; what a call does is in `execution`."""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import has_torch_function
+from torch import Tensor, nn
 
-from . import checks
-from .bookkeeping import Memory, Seen, kept_forward
-from .functional import batch_norm, direct, training_call
-from .moments import Moments, ProcessGroupLike, Renorm, check_group
-from .whereabouts import where
+from .errors import UserError
+from .layer_call import run_layer
+from .module_names import full_name
+from .options import DEFAULTS, NAMES, Options, make_options, shows_options
+from .running_stats import Memory, RunningStats
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormBase", "refuse_scripting"]
 
 
-class _Layer(nn.modules.batchnorm._BatchNorm):
+class BatchNormBase(nn.modules.batchnorm._BatchNorm):
     """What the three layers add to torch's of the same name.
 
     The class attributes are the defaults of a layer that was never constructed here: one that was pickled by torch,
-    or converted by changing its class.
+    or converted by changing its class. Each option can be read and set as an attribute (``layer.domains``).
     """
 
-    activation: str | None = None
-    negative_slope: float = 0.01
-    ghost_batch_size: int | None = None
-    renorm: Renorm | None = None
-    process_group: ProcessGroupLike = None
-    nonfinite: str = "propagate"
-    feature_axis: int = 1
-    accumulation_steps: int = 1
-    domains: int | None = None
-    domain: int = 0
-    inplace: bool = False
+    options: Options = DEFAULTS
+    domain: int = 0  # whose statistics a call takes that does not say it
     frozen: bool = False
+    usual_dims: ClassVar[tuple[int, ...]] = ()  # of an input that need not be looked at by `_check_input_dim`
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "_check_input_dim" in cls.__dict__:  # a subclass that looks by itself
+            cls.usual_dims = ()
+
+    @shows_options(*NAMES)
     def __init__(
         self,
         num_features: int,
@@ -49,52 +45,40 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-        ghost_batch_size: int | None = None,
-        renorm: Renorm | None = None,
-        process_group: ProcessGroupLike = None,
-        nonfinite: str = "propagate",
-        feature_axis: int = 1,
-        accumulation_steps: int = 1,
-        domains: int | None = None,
-        domain_affine: bool = False,
-        inplace: bool = False,
+        **options: Any,
     ) -> None:
+        chosen = make_options(type(self).__name__, options)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:  # torch takes this keyword from 2.12 on only
             self.register_parameter("bias", None)
-        self.configure(
-            activation=activation, negative_slope=negative_slope, ghost_batch_size=ghost_batch_size, renorm=renorm,
-            process_group=process_group, nonfinite=nonfinite, feature_axis=feature_axis,
-            accumulation_steps=accumulation_steps, domains=domains, domain_affine=domain_affine, inplace=inplace,
-        )  # fmt: skip
+        self._set_options(chosen)
 
-    def configure(self, *, domains: int | None = None, domain_affine: bool = False, **keywords: Any) -> None:
-        """Check the keywords of this class and set them: the constructor's second half, also for converted layers.
+    def configure(self, **options: Any) -> None:
+        """Change options of this layer; those that are not named stay.
 
         Raises:
-            ValueError: a keyword that cannot be, or two that cannot be together; the layer stays as it was.
+            KeywordError: no such option. ValueError: a value that cannot be, or two that cannot be together. The layer
+                then stays as it was.
         """
-        unknown = set(keywords) - set(_KEYWORDS)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no keyword {', '.join(sorted(unknown))}")
-        merged = {name: keywords.get(name, getattr(self, name)) for name in _KEYWORDS}
-        _check_together(self, merged, domains, domain_affine)
-        for name, value in merged.items():
-            setattr(self, name, value)
-        # by domain: moments of micro-batches that wait for their union; statistics the last renormalised call saw
-        self._pending: dict[int, list[Moments]] = {}
-        self._before: dict[int, deque[Seen]] = {}
-        if domains is not None:
-            self._add_domains(domains, domain_affine)
-        if self.nonfinite == "skip" and self.running_mean is not None and "num_batches_skipped" not in self._buffers:
+        self._set_options(make_options(type(self).__name__, options, self.options))
+
+    def _set_options(self, options: Options) -> None:
+        options.check_layer(self.running_mean is not None, self.weight is not None)
+        new_domains = options.domains is not None and options.domains != self.options.domains
+        self.options = options
+        self.running_stats = RunningStats()
+        # torch.fx takes modules of "torch.nn" for leaves, as it must take this one: its mode, buffers and hooks are
+        # looked at when the traced program runs. An instance's own attribute says so and leaves the class where it is.
+        self.__module__ = "torch.nn"
+        if new_domains:
+            self._add_domains(options.domains or 1, options.domain_affine)
+        if options.nonfinite == "skip" and self.running_mean is not None and "num_batches_skipped" not in self._buffers:
             count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
             self.register_buffer("num_batches_skipped", count, persistent=False)
 
     def _add_domains(self, domains: int, domain_affine: bool) -> None:
         """Domain 0 has torch's names; the others lie beside them, so a torch checkpoint still loads."""
-        self.domains, self.domain = domains, 0
+        self.domain = 0
         for name, source in (*self._buffers.items(), *(self._parameters.items() if domain_affine else ())):
             if source is None or name.startswith("domain_") or name == "num_batches_skipped":
                 continue
@@ -135,118 +119,49 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 nn.init.constant_(self.get_parameter(name), value)
 
     def _forget(self) -> None:
-        for kept in ("_pending", "_before"):
-            if kept in self.__dict__:  # the constructor of torch's layer resets before there is anything
-                getattr(self, kept).clear()
+        if "running_stats" in self.__dict__:  # the constructor of torch's layer resets before there is anything
+            self.running_stats.clear()
 
     def uses_batch_statistics(self) -> bool:
-        """Whether this call normalises by the batch: in training unless frozen, and where there are no buffers."""
+        """Whether this call normalizes by the batch: in training unless frozen, and where there are no buffers."""
         if self.frozen:
             return False
         return self.training or (self.running_mean is None and self.running_var is None)
 
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        domain: int | Tensor | None = None,
-    ) -> Tensor:
-        """``activation(batch_norm(input) + residual)``; see `batchnorm.functional.batch_norm`.
+    def forward(self, input: Tensor, mask: Tensor | None = None, domain: int | Tensor | None = None) -> Tensor:
+        """Normalize; see the class.
 
-        `domain` chooses the statistics of a layer with ``domains``: an int for the batch, or one a sample (N,).
+        Args:
+            input: of the class's shape.
+            mask: bool, True = a real position; without C, or with 1 there, broadcastable to the input's shape.
+            domain: of a layer with ``domains``: an int for the batch, or one a sample (N,).
         """
-        if not isinstance(cast(object, input), fx.Proxy):  # under symbolic tracing there is no shape to look at
-            self._check_input_dim(input)
-        if self.process_group is None:
-            return self._call(input, residual, mask, domain)
-        try:
-            return self._call(input, residual, mask, domain)
-        except RuntimeError as error:  # of all ranks one fails first: say in which layer
-            raise RuntimeError(f"{where(self)}: synchronised batch norm failed: {error}") from error
-
-    def _call(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, domain: int | Tensor | None) -> Tensor:
-        if (
-            domain is not None
-            or self.domains is not None
-            or self.accumulation_steps > 1
-            or (self.training and (self.renorm is not None or self.nonfinite == "skip"))
-        ):
-            return kept_forward(self, input, residual, mask, domain)
-        if self.training and mask is None and self.process_group is None and self.feature_axis == 1 and direct():
-            held = self._held()
-            if held is not None and not has_torch_function((input, residual, *held)) and input.dim() > 1:
-                return self._at_once(input, residual, *held)
-        # read once: each look at a buffer or parameter is a search through nn.Module's dictionaries
-        mean, var, weight, bias, frozen = self.running_mean, self.running_var, self.weight, self.bias, self.frozen
-        training = not frozen and (self.training or (mean is None and var is None))
-        keep = self.track_running_stats or not self.training or frozen
-        tracked = self.num_batches_tracked if training and keep else None
-        return batch_norm(
-            input,
-            mean if keep else None,
-            var if keep else None,
-            weight,
-            bias,
-            training,
-            self.momentum,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-            mask=mask,
-            ghost_batch_size=self.ghost_batch_size,
-            process_group=self.process_group,
-            feature_axis=self.feature_axis,
-            negative_slope=self.negative_slope,
-            num_batches_tracked=tracked,
-            inplace=self._may_overwrite(),
-        )
-
-    def _held(self) -> tuple[Tensor | None, ...] | None:
-        """What a training call that moves the buffers reads and writes; None where it moves none.
-
-        Straight from nn.Module's dictionaries: its look-up of five names costs half of what the operator does. None too
-        where one lies elsewhere (pruned, parametrised).
-        """
-        buffers, parameters = self._buffers, self._parameters
-        if self.frozen or not self.track_running_stats or buffers.get("num_batches_tracked") is None:
-            return None
-        try:
-            return (
-                buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
-                parameters["weight"], parameters["bias"],
-            )  # fmt: skip
-        except KeyError:
-            return None
-
-    def _at_once(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        tracked: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """What `batch_norm` would come to: small tensors feel every call in between."""
-        checks.check_residual(input, residual)
-        form = (self.eps, self.activation or "", self.negative_slope, self.ghost_batch_size or 0)
-        buffers = (mean, var, tracked)
-        return training_call(
-            input, weight, bias, residual, None, buffers, self.momentum, False, form, self._may_overwrite()
-        )
-
-    def _may_overwrite(self) -> bool:
-        """Not where a hook looks at the call afterwards: it is to find the input."""
-        return self.inplace and not self._forward_hooks and not nn.modules.module._global_forward_hooks
+        return run_layer(self, input, None, mask, domain)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state["_before"] = {}  # serves a backward of this object's own forward, never a copy's
-        if hasattr(self.process_group, "group_name"):  # a group is this process's; its name means the same elsewhere
-            state["process_group"] = self.process_group.group_name
+        if "running_stats" in state:
+            state["running_stats"] = self.running_stats.copy()
+        group = self.options.process_group
+        if hasattr(group, "group_name"):  # a group is this process's; its name means the same elsewhere
+            state["options"] = make_options("", {"process_group": group.group_name}, self.options)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of 0.1 holds the options one by one, and may hold an activation."""
+        state = dict(state)
+        if state.pop("activation", None):
+            raise UserError(
+                "this pickle holds a BatchNorm of batchnorm 0.1 with an activation in it, which is a BatchNormAct now; "
+                "save the state_dict with 0.1 and load it into the new layer's norm"
+            )
+        old = {name: state.pop(name) for name in NAMES if name in state}
+        super().__setstate__(state)
+        if "options" not in state:
+            self.options, self.running_stats = make_options("", old), RunningStats()
+
+    def __prepare_scriptable__(self) -> Any:
+        refuse_scripting(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in list(self._buffers) + list(self._parameters):
@@ -260,95 +175,162 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self._forget()  # what waited belongs to the statistics that were replaced
 
     def extra_repr(self) -> str:
-        defaults = _Layer.__dict__
-        shown = [name for name in (*_KEYWORDS, "domains", "frozen") if getattr(self, name) != defaults[name]]
-        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in shown)])
+        shown = [f"{name}={value}" for name, value in self.options.changed().items()]
+        return ", ".join([super().extra_repr(), *shown, *(["frozen=True"] if self.frozen else [])])
 
 
-_KEYWORDS = (
-    "activation",
-    "negative_slope",
-    "ghost_batch_size",
-    "renorm",
-    "process_group",
-    "nonfinite",
-    "feature_axis",
-    "accumulation_steps",
-    "inplace",
-)
+def refuse_scripting(module: nn.Module) -> None:
+    """Say what to do instead, where TorchScript is about to compile the module."""
+    raise UserError(
+        f"{full_name(module)}: TorchScript cannot compile this module of batchnorm; script batchnorm.revert(model), "
+        "which has the same parameters and computes the same"
+    )
 
 
-def _check_together(layer: _Layer, keywords: dict[str, Any], domains: int | None, domain_affine: bool) -> None:
-    checks.check_words(keywords["activation"], keywords["nonfinite"])
-    checks.check_ghost_batch_size(keywords["ghost_batch_size"])
-    check_group(keywords["process_group"])
-    tracked = layer.running_mean is not None
-    renorm, steps = keywords["renorm"], keywords["accumulation_steps"]
-    if renorm is not None and not isinstance(renorm, Renorm):
-        raise ValueError(f"renorm must be None or batchnorm.Renorm(r_max, d_max), got {renorm!r}")
-    if renorm is not None and not tracked:
-        raise ValueError("renorm corrects towards the running statistics: it needs track_running_stats=True")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"accumulation_steps must be a positive number of micro-batches, got {steps!r}")
-    if steps > 1 and not tracked:
-        raise ValueError("accumulation_steps moves the running statistics: it needs track_running_stats=True")
-    if keywords["feature_axis"] == 0:
-        raise ValueError("feature_axis 0 is the batch's axis; channels are at 1, or at -1 for (N, L, C)")
-    if domains is not None and (not isinstance(domains, int) or domains < 2):
-        raise ValueError(f"domains must be None or at least 2, got {domains!r}")
-    if domain_affine and (domains is None or layer.weight is None):
-        raise ValueError("domain_affine gives each domain its own weight and bias: it needs domains= and affine=True")
+def _option(name: str) -> property:
+    return property(lambda layer: getattr(layer.options, name), lambda layer, value: layer.configure(**{name: value}))
 
 
-class BatchNorm1d(_Layer, nn.BatchNorm1d):
-    pass
+for _name in NAMES:
+    setattr(BatchNormBase, _name, _option(_name))
 
 
-class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    pass
+class BatchNorm1d(BatchNormBase, nn.BatchNorm1d):
+    r"""Normalize each channel of (N, C) or (N, C, L) over the batch, then scale and shift it, exactly.
 
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
 
-class BatchNorm3d(_Layer, nn.BatchNorm3d):
-    pass
+    In training E[x] and Var[x] (biased) are those of the batch, over N and L, and the running statistics move by
+    ``running ← (1 − momentum)·running + momentum·batch`` with the *unbiased* variance. In evaluation they are the
+    running statistics. A subclass of :class:`torch.nn.BatchNorm1d` that computes the same function: parameters,
+    buffers and ``state_dict`` are its, and every tool that goes by the type works on it. An activation or a residual
+    after it, in one operator: `BatchNormAct1d`.
 
-
-_DOC = r"""{torch} over {shape}, exactly and in one pass, with the activation and the residual in it.
-
-    .. math:: y = \mathrm{{activation}}\left(\frac{{x - \mathrm{{E}}[x]}}{{\sqrt{{\mathrm{{Var}}[x] + \epsilon}}}}
-        \gamma + \beta + \mathrm{{residual}}\right)
-
-    A drop-in for :class:`torch.nn.{name}`, of which it is a subclass: the same positional arguments, parameters,
-    buffers and ``state_dict``. ``momentum`` is the weight of the NEW batch; the buffers keep the unbiased variance.
+    Shape and dtype:
+        input and output: (N, C) or (N, C, L), contiguous or channels_last; float32, float64, bfloat16 or float16
+        (beside which parameters and buffers may be float32). ``layer(input, mask, domain)``: a mask has the input's
+        shape without C.
 
     Args:
-        num_features: C, the size of the channel axis.
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
-        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh"; after the residual.
-        negative_slope: of "leaky_relu".
-        ghost_batch_size: statistics over slices of this many samples; None = the whole batch.
+        num_features: C, the number of channels.
+        eps: ε, added to the variance.
+        momentum: weight of the NEW batch in the running statistics; None: all batches count alike.
+        affine: learn γ (``weight``) and β (``bias``).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device, dtype: of parameters and buffers.
+        bias: with ``affine``, learn β as well.
+        ghost_batch_size: statistics over slices of this many samples; None: the whole batch.
         renorm: batch renormalization, `Renorm`.
-        process_group: None = local statistics; "world" or a ``torch.distributed`` group = synchronised.
-        nonfinite: "propagate", or "skip": a batch with NaN or Inf leaves the running statistics as they were; it
-            counts in ``num_batches_tracked``, and in ``num_batches_skipped`` apart.
-        feature_axis: the channels' axis, -1 for (N, L, C).
+        process_group: None: local statistics; "world" or a ``torch.distributed`` group: synchronized.
+        nonfinite: "propagate", or "skip": a batch with NaN or Inf leaves the running statistics as they were and is
+            counted in ``num_batches_skipped``.
+        feature_axis: the channels' axis; -1 for (N, L, C).
         accumulation_steps: move the running statistics once in so many calls, as one batch of their union would.
-        domains: separate statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
+        domains: separate running statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
         domain_affine: each domain its own weight and bias too.
-        inplace: the output may take the input's place in eager training, see `batchnorm.functional.batch_norm`.
 
-    Shape:
-        input, residual and output: {shape}; mask: without C, or with 1 there.
+    Returns:
+        The input's shape and dtype.
 
     Raises:
-        ValueError: at construction, keywords that cannot be (together); in the call, an input of other dimensions,
-            or one value a channel in training.
+        ValueError: at construction, a keyword that cannot be, or two that cannot be together; in the call, an input of
+            other dimensions, or a single value for a channel in training.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167; docs/variants/ for each keyword's own.
     """
 
-for _class, _shape in (
-    (BatchNorm1d, "(N, C) or (N, C, L)"),
-    (BatchNorm2d, "(N, C, H, W)"),
-    (BatchNorm3d, "(N, C, D, H, W)"),
-):
-    _class.__doc__ = _DOC.format(name=_class.__name__, torch="Batch normalization", shape=_shape)
+    usual_dims = (2, 3)
+
+
+class BatchNorm2d(BatchNormBase, nn.BatchNorm2d):
+    r"""Normalize each channel of (N, C, H, W) over the batch, then scale and shift it, exactly.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    In training E[x] and Var[x] (biased) are those of the batch, over N, H and W, and the running statistics move by
+    ``running ← (1 − momentum)·running + momentum·batch`` with the *unbiased* variance. In evaluation they are the
+    running statistics. A subclass of :class:`torch.nn.BatchNorm2d` that computes the same function: parameters,
+    buffers and ``state_dict`` are its, and every tool that goes by the type works on it. An activation or a residual
+    after it, in one operator: `BatchNormAct2d`.
+
+    Shape and dtype:
+        input and output: (N, C, H, W), contiguous or channels_last; float32, float64, bfloat16 or float16
+        (beside which parameters and buffers may be float32). ``layer(input, mask, domain)``: a mask has the input's
+        shape without C.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: ε, added to the variance.
+        momentum: weight of the NEW batch in the running statistics; None: all batches count alike.
+        affine: learn γ (``weight``) and β (``bias``).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device, dtype: of parameters and buffers.
+        bias: with ``affine``, learn β as well.
+        ghost_batch_size: statistics over slices of this many samples; None: the whole batch.
+        renorm: batch renormalization, `Renorm`.
+        process_group: None: local statistics; "world" or a ``torch.distributed`` group: synchronized.
+        nonfinite: "propagate", or "skip": a batch with NaN or Inf leaves the running statistics as they were and is
+            counted in ``num_batches_skipped``.
+        feature_axis: the channels' axis; -1 for (N, H, W, C).
+        accumulation_steps: move the running statistics once in so many calls, as one batch of their union would.
+        domains: separate running statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
+        domain_affine: each domain its own weight and bias too.
+
+    Returns:
+        The input's shape and dtype.
+
+    Raises:
+        ValueError: at construction, a keyword that cannot be, or two that cannot be together; in the call, an input of
+            other dimensions, or a single value for a channel in training.
+
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167; docs/variants/ for each keyword's own.
+    """
+
+    usual_dims = (4,)
+
+
+class BatchNorm3d(BatchNormBase, nn.BatchNorm3d):
+    r"""Normalize each channel of (N, C, D, H, W) over the batch, then scale and shift it, exactly.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    In training E[x] and Var[x] (biased) are those of the batch, over N, D, H and W, and the running statistics move by
+    ``running ← (1 − momentum)·running + momentum·batch`` with the *unbiased* variance. In evaluation they are the
+    running statistics. A subclass of :class:`torch.nn.BatchNorm3d` that computes the same function: parameters,
+    buffers and ``state_dict`` are its, and every tool that goes by the type works on it. An activation or a residual
+    after it, in one operator: `BatchNormAct3d`.
+
+    Shape and dtype:
+        input and output: (N, C, D, H, W), contiguous or channels_last; float32, float64, bfloat16 or float16
+        (beside which parameters and buffers may be float32). ``layer(input, mask, domain)``: a mask has the input's
+        shape without C.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: ε, added to the variance.
+        momentum: weight of the NEW batch in the running statistics; None: all batches count alike.
+        affine: learn γ (``weight``) and β (``bias``).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device, dtype: of parameters and buffers.
+        bias: with ``affine``, learn β as well.
+        ghost_batch_size: statistics over slices of this many samples; None: the whole batch.
+        renorm: batch renormalization, `Renorm`.
+        process_group: None: local statistics; "world" or a ``torch.distributed`` group: synchronized.
+        nonfinite: "propagate", or "skip": a batch with NaN or Inf leaves the running statistics as they were and is
+            counted in ``num_batches_skipped``.
+        feature_axis: the channels' axis; -1 for (N, D, H, W, C).
+        accumulation_steps: move the running statistics once in so many calls, as one batch of their union would.
+        domains: separate running statistics for so many domains; the call's ``domain`` (or `use_domain`) chooses.
+        domain_affine: each domain its own weight and bias too.
+
+    Returns:
+        The input's shape and dtype.
+
+    Raises:
+        ValueError: at construction, a keyword that cannot be, or two that cannot be together; in the call, an input of
+            other dimensions, or a single value for a channel in training.
+
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167; docs/variants/ for each keyword's own.
+    """
+
+    usual_dims = (5,)

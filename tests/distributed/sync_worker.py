@@ -1,6 +1,6 @@
 """What every rank checks: its part of the joined batch is treated as one process would treat the whole.
 
-Run by torchrun (test_synchronised.py). Each check builds the joined batch from the same seed on every rank.
+Run by torchrun (test_synchronized.py). Each check builds the joined batch from the same seed on every rank.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm1d, BatchNorm2d, Renorm
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNormAct2d, Renorm
 from batchnorm.functional import Buffers, batch_norm_pure
 
 SIZES = {2: [[5, 3], [4, 0]], 3: [[4, 1, 6], [0, 5, 2]], 4: [[2, 3, 1, 4], [3, 0, 0, 2]]}
@@ -34,7 +34,7 @@ def close(a, b, what, tolerance=2e-5):
 
 
 def joined_against_parts(sizes, keywords, masked, dtype=torch.float32, channels_last=False, group="world"):
-    """Forward, gradients and buffers of the synchronised layer against the plain one on the joined batch."""
+    """Forward, gradients and buffers of the synchronized layer against the plain one on the joined batch."""
     rank = dist.get_rank()
     torch.manual_seed(sum(sizes) + masked)
     x = (torch.randn(sum(sizes), 3, 4, 2) * 2 + torch.randn(3, 1, 1)).to(dtype)
@@ -42,10 +42,10 @@ def joined_against_parts(sizes, keywords, masked, dtype=torch.float32, channels_
         x = x.to(memory_format=torch.channels_last)
     g, residual = torch.randn(x.shape).to(dtype), torch.randn(x.shape).to(dtype)
     mask = torch.rand(len(x), 4, 2) < 0.6 if masked else None
-    whole = BatchNorm2d(3, activation="silu", **keywords)
-    nn.init.normal_(whole.weight)
+    whole = BatchNormAct2d(3, "silu", **keywords)
+    nn.init.normal_(whole.norm.weight)
     part = copy.deepcopy(whole)
-    part.configure(process_group=group)
+    part.norm.configure(process_group=group)
     for _ in range(2):
         whole.zero_grad()
         part.zero_grad()
@@ -128,9 +128,9 @@ def check_one_collective_each_way(world):
 def check_ddp(world):
     """DDP's averaged gradients are those of the mean over the joined batch; two forwards a step are no error."""
     torch.manual_seed(6)
-    net = nn.Sequential(nn.Linear(4, 5), BatchNorm1d(5, activation="relu"), nn.Linear(5, 1))
+    net = nn.Sequential(nn.Linear(4, 5), BatchNormAct1d(5, "relu"), nn.Linear(5, 1))
     whole = copy.deepcopy(net)
-    net[1].configure(process_group="world")
+    net[1].norm.configure(process_group="world")
     model = DistributedDataParallel(net)
     x = torch.randn(6 * world, 4)
     mine = x.chunk(world)[dist.get_rank()]
@@ -142,9 +142,9 @@ def check_ddp(world):
 
 def check_fsdp2(world):
     torch.manual_seed(7)
-    net = nn.Sequential(nn.Linear(4, 8), BatchNorm1d(8, activation="relu"), nn.Linear(8, 1))
+    net = nn.Sequential(nn.Linear(4, 8), BatchNormAct1d(8, "relu"), nn.Linear(8, 1))
     whole = copy.deepcopy(net)
-    net[1].configure(process_group="world")
+    net[1].norm.configure(process_group="world")
     mesh = dist.init_device_mesh("cpu", (world,))
     fully_shard(net, mesh=mesh)
     x = torch.randn(6 * world, 4)
@@ -155,7 +155,7 @@ def check_fsdp2(world):
 
 
 def check_compile(world):
-    eager = BatchNorm1d(3, process_group="world", activation="relu")
+    eager = BatchNormAct1d(3, "relu", process_group="world")
     layer = copy.deepcopy(eager)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.manual_seed(8 + dist.get_rank())

@@ -14,7 +14,7 @@ def test_all_ranks_together_are_one_process(world):
 
 def test_a_rank_that_leaves_is_an_error_that_names_the_layer():
     out = torchrun("tests.distributed.failing_worker", 2)
-    assert "rank 0: 1 (BatchNorm1d(3)): synchronised batch norm failed" in out
+    assert "rank 0: 1 (BatchNorm1d(3)): synchronized batch norm failed" in out
 
 
 def test_one_process_alone_is_the_plain_layer():

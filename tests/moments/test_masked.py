@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchnorm import BatchNorm1d, BatchNorm2d, Renorm, lengths_to_mask
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNormAct2d, Renorm, lengths_to_mask
 from batchnorm.functional import batch_norm
 from batchnorm.moments import flat_mask
 from tests.oracle import close, truth
@@ -16,7 +16,7 @@ def test_real_positions_are_as_without_the_padding():
     mask = lengths_to_mask(lengths, 7)
     x, g = torch.randn(4, 3, 7), torch.randn(4, 3, 7)
     padded = torch.where(mask.unsqueeze(1), x, float("nan"))
-    layer, packed = BatchNorm1d(3, activation="silu"), BatchNorm1d(3, activation="silu")
+    layer, packed = BatchNormAct1d(3, "silu"), BatchNormAct1d(3, "silu")
     leaf = padded.clone().requires_grad_()
     out = layer(leaf, mask=mask)
     out.backward(torch.where(mask.unsqueeze(1), g, 0.0))
@@ -113,12 +113,12 @@ def test_padding_may_hold_anything_whatever_gradient_comes_back(keywords, kind):
     found = []
     for filling in (float(kind), 0.0):
         torch.manual_seed(1)
-        layer = BatchNorm2d(3, activation="silu", **keywords)
+        layer = BatchNormAct2d(3, "silu", **keywords)
         leaf = x.masked_fill(hole, filling).requires_grad_()
         out = layer(leaf, mask=mask)
         back = g.masked_fill(hole, float("nan") if filling else 0.0)
         out.backward(back)
-        found.append((out[~hole], leaf.grad[~hole], layer.weight.grad, layer.bias.grad, *layer.buffers()))
+        found.append((out[~hole], leaf.grad[~hole], *(p.grad for p in layer.parameters()), *layer.buffers()))
         assert leaf.grad.isfinite().all()
     torch.testing.assert_close(*found)
 

@@ -108,8 +108,8 @@ def test_checkpointing_of_two_forwards_before_their_backward(use_reentrant, mask
     mask = torch.tensor([True] * 6 + [False] * 2) if masked else None
     g, grads = torch.randn(8, 3), []
     for run in (
-        lambda x: checkpoint(layer, x, None, mask, use_reentrant=use_reentrant),
-        lambda x: again(x, None, mask),
+        lambda x: checkpoint(layer, x, mask, use_reentrant=use_reentrant),
+        lambda x: again(x, mask),
     ):
         leaves = [x.clone().requires_grad_() for x in batches]
         (torch.cat([run(x) for x in leaves]) * g.repeat(3, 1)).sum().backward()

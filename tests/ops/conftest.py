@@ -2,8 +2,8 @@
 
 import pytest
 
-from batchnorm import functional
-from batchnorm.ops import TrainingCall
+from batchnorm import execution, layer_call
+from batchnorm.ops import autograd
 from tests.ops.training import COMPILED
 
 
@@ -12,9 +12,8 @@ def call(request, monkeypatch):
     """The function that serves; layers come through it too."""
     if request.param == "c++" and COMPILED is None:
         pytest.skip("csrc/autograd was not built against this torch")
-    chosen, fits = (
-        (TrainingCall.apply, lambda *_: False) if request.param == "python" else (COMPILED.training_call, COMPILED.fits)
-    )
-    monkeypatch.setattr(functional, "_training_call", chosen)
-    monkeypatch.setattr(functional, "fits", fits)
+    chosen = autograd.python_training_call if request.param == "python" else COMPILED.training_call
+    monkeypatch.setattr(execution, "training_call", chosen)
+    if request.param == "python":
+        monkeypatch.setattr(layer_call, "plain_training_call", lambda *_: None)
     return chosen

@@ -102,8 +102,8 @@ def test_more_elements_than_32_bits_number():
 
 def block(shape, **keywords):
     torch.manual_seed(1)
-    kind = batchnorm.BatchNorm1d if len(shape) == 2 else batchnorm.BatchNorm2d
-    return kind(shape[1], activation="relu", device="cuda", **keywords)
+    kind = batchnorm.BatchNormAct1d if len(shape) == 2 else batchnorm.BatchNormAct2d
+    return kind(shape[1], "relu", device="cuda", **keywords)
 
 
 def step(layer, x, r, g):
@@ -168,12 +168,12 @@ def test_a_training_step_waits_for_nothing(keywords):
 
 def test_autocast_gives_bfloat16_with_float32_parameters():
     conv = torch.nn.Conv2d(8, 16, 3, device="cuda")
-    layer, x = batchnorm.BatchNorm2d(16, activation="relu", device="cuda"), random(4, 8, 20, 20)
+    layer, x = batchnorm.BatchNormAct2d(16, "relu", device="cuda"), random(4, 8, 20, 20)
     with torch.autocast("cuda", torch.bfloat16):
         out = layer(conv(x))
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
-    assert layer.weight.grad.dtype == torch.float32
+    assert layer.norm.weight.grad.dtype == torch.float32
     assert conv.weight.grad.isfinite().all()
 
 

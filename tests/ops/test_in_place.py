@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm1d, BatchNorm2d, convert, functional
+from batchnorm import BatchNormAct1d, BatchNormAct2d, convert, functional
+from batchnorm.errors import UserError
 from batchnorm.ops import extension, fused
 from tests.oracle import close, truth
 
@@ -149,12 +151,12 @@ def test_operators_refuse_before_they_write(arguments, words):
 
 
 def layer(dtype=torch.float64, **keywords):
-    made = BatchNorm2d(
+    made = BatchNormAct2d(
         3, dtype=dtype, **{"activation": "leaky_relu", "negative_slope": 0.2, "inplace": True} | keywords
     )
-    if made.weight is not None:
+    if made.norm.weight is not None:
         with torch.no_grad():
-            for parameter, value in zip((made.weight, made.bias), vectors(3, dtype), strict=True):
+            for parameter, value in zip((made.norm.weight, made.norm.bias), vectors(3, dtype), strict=True):
                 parameter.copy_(value)
     return made
 
@@ -196,7 +198,7 @@ def test_the_output_takes_the_input_s_place_and_is_what_is_kept():
 def test_an_output_that_does_not_tell_its_input_is_not_written_over_it(dtype, weight):
     model = layer(dtype, bias=True)
     with torch.no_grad():
-        model.weight[1], model.bias[1] = weight, 300.0
+        model.norm.weight[1], model.norm.bias[1] = weight, 300.0
     x = random(4, 3, 5, 5).to(dtype).requires_grad_() * 1
     kept = x.detach().clone()
     out = model(x)
@@ -320,13 +322,31 @@ def test_convert_allows_it_only_where_nobody_else_reads_the_input():
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.LeakyReLU()),
         nn.Sequential(nn.Flatten(), nn.Linear(75, 4), nn.BatchNorm1d(4)),
     )
-    found = [name for name, m in convert(model, inplace=True).named_modules() if getattr(m, "inplace", False)]
-    assert found == ["4.1", "5.2"]
-    assert model[4][1].inplace
+    convert(model, inplace=True)
+    assert overwritten(model) == 4  # each call in a Sequential, the shared layer's too
     convert(model, inplace=False)
-    assert not model[4][1].inplace
-    x = torch.randn(4, 3, 5, 5)
-    assert torch.isfinite(model(x)).all()
+    assert overwritten(model) == 0
+    assert torch.isfinite(model(torch.randn(4, 3, 5, 5))).all()
+
+
+def overwritten(model):
+    """How many normalizations take their input's place in a training call."""
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Log():
+        model(torch.randn(4, 3, 5, 5))
+    return seen.count(OPS.forward_inplace_.default)
+
+
+@compiled
+def test_convert_sets_it_only_through_a_sequential_s_call():
+    with pytest.raises(UserError, match="fuse_sequential=True"):
+        convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), inplace=True, fuse_sequential=False)
 
 
 def test_a_recomputed_segment_counts_once_and_is_the_same():
@@ -363,5 +383,5 @@ def test_one_value_a_channel_is_refused_and_nothing_written():
     x = torch.randn(1, 3)
     kept = x.clone()
     with pytest.raises(ValueError, match="more than 1 value"):
-        BatchNorm1d(3, inplace=True)(x)
+        BatchNormAct1d(3, inplace=True)(x)
     assert torch.equal(x, kept)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from batchnorm import BatchNorm1d, functional
+from batchnorm import BatchNorm1d, BatchNormAct1d, execution, layer_call
 from tests.ops.training import COMPILED, Problem
 from tests.oracle import close
 
@@ -69,7 +69,7 @@ def test_flop_counter_counts_both():
 
 def test_fake_tensors():
     with FakeTensorMode():
-        layer, x = BatchNorm1d(3, activation="relu"), torch.empty(8, 3, 5, requires_grad=True)
+        layer, x = BatchNormAct1d(3, "relu"), torch.empty(8, 3, 5, requires_grad=True)
         out = layer(x)
         out.sum().backward()
     assert type(x.grad).__name__ == type(out).__name__ == "FakeTensor"
@@ -97,7 +97,7 @@ class Wrapped(torch.Tensor):
 
 
 def test_a_subclass_goes_through_its_own_dispatch():
-    layer = BatchNorm1d(3, activation="tanh")
+    layer = BatchNormAct1d(3, "tanh")
     x, g = torch.randn(8, 3), torch.randn(8, 3)
     wrapped, plain = Wrapped(x).requires_grad_(), x.clone().requires_grad_()
     Wrapped.seen.clear()
@@ -120,7 +120,7 @@ def test_many_gradients_at_once(call):
 
 @pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
 def test_make_fx_traces_the_operators(tracing_mode):
-    layer = BatchNorm1d(3, activation="relu")
+    layer = BatchNormAct1d(3, "relu")
 
     def f(x, g):
         return torch.autograd.grad(layer(x), x, g)[0]
@@ -156,7 +156,8 @@ def test_what_compiles_and_exports_does_not_come_here(monkeypatch):
         raise AssertionError("called")
 
     x = torch.randn(8, 3)
-    monkeypatch.setattr(functional, "_training_call", never)
+    monkeypatch.setattr(layer_call, "plain_training_call", lambda *_: None)
+    monkeypatch.setattr(execution, "training_call", never)
     torch.compile(BatchNorm1d(3), backend="eager", fullgraph=True)(x)
     torch.export.export(BatchNorm1d(3), (x,))
     torch.func.grad(lambda x: BatchNorm1d(3)(x).sin().sum())(x)
@@ -168,7 +169,7 @@ def test_what_compiles_and_exports_does_not_come_here(monkeypatch):
 def test_ddp(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        net = nn.Sequential(nn.Linear(4, 3), BatchNorm1d(3, activation="relu"), nn.Linear(3, 1))
+        net = nn.Sequential(nn.Linear(4, 3), BatchNormAct1d(3, "relu"), nn.Linear(3, 1))
         alone = copy.deepcopy(net)
         x = torch.randn(8, 4)
         parallel = DistributedDataParallel(net)

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm.layers import BatchNorm1d, BatchNorm2d
 from batchnorm.moments import Renorm
+from batchnorm.norm_act import BatchNormAct1d, BatchNormAct2d
 from batchnorm.ops import ACTIVATIONS, fused, reference, register
 from batchnorm.ops.layout import dense
 from tests.ops.test_operators import compare_gradients, expected, form, layout
@@ -305,22 +305,22 @@ def trained_once(layer, x, g, **more):
 
 
 VARIANTS = {
-    "renorm": (BatchNorm2d, {"renorm": Renorm(r_max=1.5, d_max=0.5)}),
-    "masked and ghost": (BatchNorm1d, {"ghost_batch_size": 2}),
-    "frozen": (BatchNorm2d, {}),
+    "renorm": (BatchNormAct2d, {"renorm": Renorm(r_max=1.5, d_max=0.5)}),
+    "masked and ghost": (BatchNormAct1d, {"ghost_batch_size": 2}),
+    "frozen": (BatchNormAct2d, {}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_run_on_the_kernels_unchanged(variant, request):
     kind, keywords = VARIANTS[variant]
-    shape = (5, 3, 4, 2) if kind is BatchNorm2d else (5, 3, 6)
+    shape = (5, 3, 4, 2) if kind is BatchNormAct2d else (5, 3, 6)
     x, g = torch.randn(shape) * 2 + 1, torch.randn(shape)
     mask = {"mask": torch.rand(5, 6) < 0.7} if "masked" in variant else {}
-    layer = kind(3, activation="relu", **keywords)
-    for tensor in (layer.weight, layer.bias, layer.running_mean):
+    layer = kind(3, "relu", **keywords)
+    for tensor in (layer.norm.weight, layer.norm.bias, layer.norm.running_mean):
         torch.nn.init.normal_(tensor)
-    layer.frozen = variant == "frozen"
+    layer.norm.frozen = variant == "frozen"
     want = trained_once(copy.deepcopy(layer).double(), x.double(), g.double(), **mask)
     request.getfixturevalue("routed")
     found = trained_once(layer.to(DEVICE), x.to(DEVICE), g.to(DEVICE), **device(mask))

@@ -2,7 +2,7 @@
 
 import torch
 
-from batchnorm.ops import extension
+from batchnorm.ops import Form, extension
 from tests.oracle import truth
 
 COMPILED = extension.autograd_module(torch.__version__)
@@ -23,19 +23,19 @@ class Problem:
         self.mask = torch.rand(8, 5) < 0.7 if mask else None
         self.buffers = (torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(0))
         self.momentum = 0.1
-        self.form = (1e-5, activation, 0.2, slice_size)
+        self.form = Form(1e-5, activation, 0.2, slice_size)
         self.grad_output = random(8, 3, 5)
 
     def leaves(self):
         return [getattr(self, name) for name in NAMES]
 
     def out(self, call, *leaves):
-        return call(*(leaves or self.leaves()), self.mask, self.buffers, self.momentum, False, self.form)
+        return call(*(leaves or self.leaves()), self.mask, *self.buffers, self.momentum, False, *self.form)
 
     def truth(self):
         return truth(
             self.input, self.weight, self.bias, residual=self.residual, mask=self.mask, grad_output=self.grad_output,
-            activation=self.form[1], negative_slope=0.2, slice_size=self.form[3],
+            activation=self.form.activation, negative_slope=0.2, slice_size=self.form.slice_size,
         )  # fmt: skip
 
 

@@ -136,8 +136,8 @@ def test_our_activation_and_residual_stay(activation):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.conv2 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-            self.norm = batchnorm.BatchNorm2d(3, activation=activation)
-            self.second = batchnorm.BatchNorm2d(3)
+            self.norm = batchnorm.BatchNormAct2d(3, activation)
+            self.second = batchnorm.BatchNormAct2d(3, None)
 
         def forward(self, x):
             return self.second(self.conv2(self.norm(self.conv(x), x)), x)

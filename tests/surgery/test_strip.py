@@ -83,7 +83,7 @@ def test_what_else_our_layers_do_stays():
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv1d(2, 2, 3, padding=1, bias=False)
-            self.norm = batchnorm.BatchNorm1d(2, activation="leaky_relu", negative_slope=0.3)
+            self.norm = batchnorm.BatchNormAct1d(2, "leaky_relu", negative_slope=0.3)
 
         def forward(self, x):
             return self.norm(self.conv(x), x)

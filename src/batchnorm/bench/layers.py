@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .timing import clock_of, interleaved
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,11 +91,11 @@ def tensors(problem: Problem, device: str) -> tuple[Tensor, Tensor, Tensor | Non
 def layers_of(problem: Problem, device: str) -> tuple[nn.Module, nn.Module]:
     """Ours and torch's layer for the shape."""
     dimensions = max(1, len(problem.shape) - 2)
-    ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[dimensions - 1]
+    ours = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)[dimensions - 1]
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
     activation = "relu" if "relu" in problem.case else None
     channels = problem.shape[1]
-    pair = ours(channels, activation=activation, device=device), theirs(channels, device=device)
+    pair = ours(channels, activation, device=device), theirs(channels, device=device)
     if problem.dtype == "float64":
         return pair[0].double(), pair[1].double()
     return pair

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import fused, reference
+from ..ops import Form, fused, reference
 from .renorm import corrections, renormalise, renormalise_adjoint
 from .synchronised import Group, share_slices, synchronise, synchronise_adjoint
 
@@ -49,7 +49,7 @@ class _Sourced(torch.autograd.Function):
         negative_slope: float,
         slice_size: int,
     ) -> Tensor:
-        form = (eps, activation, negative_slope, slice_size)
+        form = Form(eps, activation, negative_slope, slice_size)
         ctx.save_for_backward(input, weight, bias, residual if activation else None, mask, mean, var, count, r, d)
         ctx.form, ctx.group = form, group
         return _apply(input, mean, var, weight, bias, residual, *form)
@@ -63,12 +63,12 @@ class _Sourced(torch.autograd.Function):
             return _second_order(ctx, grad_output)
         arguments = (grad_output, input, mean, var, weight, bias, residual, mask)
         sum_dy, sum_dy_xmu = _backward_reduce(*arguments, *form)
-        grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form[0])
+        grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form.eps)
         if ctx.group is not None:  # every rank, whatever it needs itself: the number of collectives must agree
             sum_dy, sum_dy_xmu = synchronise_adjoint(sum_dy, sum_dy_xmu, ctx.group)
         if r is not None:
-            sum_dy, sum_dy_xmu = renormalise_adjoint(sum_dy, sum_dy_xmu, var, r, d, form[0])
-        through_activation = needs[3] and bool(form[1])
+            sum_dy, sum_dy_xmu = renormalise_adjoint(sum_dy, sum_dy_xmu, var, r, d, form.eps)
+        through_activation = needs[3] and bool(form.activation)
         grad_input = grad_residual = None
         if needs[0] or through_activation:
             grad_input, grad_residual = _backward_elemt(
@@ -90,7 +90,7 @@ def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias, residual, mask, _, _, _, r, d = ctx.saved_tensors
     if ctx.group is not None:
         raise NotImplementedError("second derivatives through synchronised statistics: use process_group=None for them")
-    eps, slice_size = ctx.form[0], ctx.form[3]
+    eps, slice_size = ctx.form.eps, ctx.form.slice_size
     mean, var, _ = reference.stats(input, mask, slice_size)
     if r is not None:
         mean, var = renormalise(mean, var, r, d, eps)
@@ -112,14 +112,14 @@ def differentiable_batch_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    form: tuple[float, str, float, int],
+    form: Form,
     group: Group | None,
     against: Reference | None,
 ) -> tuple[Tensor, Moments]:
     """The same in differentiable aten operators alone: for vmap, forward mode and exported training programs."""
     if group is not None:
         raise NotImplementedError("synchronised statistics under vmap, forward mode or export: use process_group=None")
-    eps, slice_size = form[0], form[3]
+    eps, slice_size = form.eps, form.slice_size
     mean, var, count = reference.stats(input, mask, slice_size)
     moments = (mean.detach(), var.detach(), count)
     if against is not None:
@@ -134,16 +134,16 @@ def sourced_batch_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    form: tuple[float, str, float, int],
+    form: Form,
     group: Group | None,
     against: Reference | None,
 ) -> tuple[Tensor, Moments]:
     """The output, and the moments by which the buffers move: those of the joined batch, before renormalisation.
 
-    Ghost slices (`form[3]` > 0) never cross ranks: with a group they are normalised where they are, and the group
+    Ghost slices (`slice_size` > 0) never cross ranks: with a group they are normalised where they are, and the group
     shares what the buffers get.
     """
-    eps, slice_size = form[0], form[3]
+    eps, slice_size = form.eps, form.slice_size
     detached = input.detach()
     mean, var, count = moments = _stats(detached, mask, slice_size)
     if group is not None and slice_size:

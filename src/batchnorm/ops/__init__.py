@@ -3,19 +3,29 @@
 # schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
 from . import extension, schemas
 from .activations import ACTIVATIONS, activate
-from .autograd import BatchStatistics, FixedStatistics, InPlaceCall, TrainingCall, fits, may_overwrite, training_call
+from .autograd import (
+    BatchStatistics,
+    FixedStatistics,
+    InPlaceCall,
+    TrainingCall,
+    may_overwrite,
+    plain_training_call,
+    training_call,
+)
+from .form import Form
 from .triton import register
 
 __all__ = [
     "ACTIVATIONS",
     "BatchStatistics",
     "FixedStatistics",
+    "Form",
     "InPlaceCall",
     "TrainingCall",
     "activate",
     "extension",
-    "fits",
     "may_overwrite",
+    "plain_training_call",
     "register",
     "schemas",
     "training_call",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import extension, reference
+from .form import Form
 from .layout import dense
 
 # The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
@@ -29,7 +30,7 @@ _saved_tensors_hooks: Callable[[bool], object] = torch._C._autograd._top_saved_t
 def _second_order(
     grad_output: Tensor,
     saved: tuple[Tensor | None, ...],
-    form: tuple[float, str, float, int],
+    form: Form,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The same four gradients as functions that can be differentiated again (`create_graph=True`).
@@ -41,7 +42,7 @@ def _second_order(
     assert mean is not None
     assert var is not None
     if count is not None:
-        mean, var, _ = reference.stats(input, mask, form[3])
+        mean, var, _ = reference.stats(input, mask, form.slice_size)
     out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form)
     wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
     if not wanted:  # a residual alone, which without an activation is not saved
@@ -56,19 +57,20 @@ def _second_order(
 def gradients(
     grad_output: Tensor,
     saved: tuple[Tensor | None, ...],
-    form: tuple[float, str, float, int],
+    form: Form,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Those of input, weight, bias and residual, where needed. `count` None means frozen statistics.
 
     csrc/autograd comes here too where they are to be differentiated again.
     """
+    form = Form(*form)  # from C++ a plain tuple
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = _second_order(grad_output, saved, form, needs)
         if needs[3] and grads[3] is None:
             grads[3] = grad_output
         return grads
-    through_activation = needs[3] and form[1] != ""
+    through_activation = needs[3] and form.activation != ""
     found = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
     grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     if needs[3] and not through_activation:
@@ -103,7 +105,7 @@ class BatchStatistics(_Function):
         negative_slope: float,
         slice_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        form = (eps, activation, negative_slope, slice_size)
+        form = Form(eps, activation, negative_slope, slice_size)
         out, mean, var, count = _forward(input, weight, bias, residual, mask, *form)
         ctx.save_for_backward(input, mean, var, count, weight, bias, residual if activation else None, mask)
         ctx.form, ctx.inputs = form, 9
@@ -130,12 +132,12 @@ class TrainingCall(_Function):
         buffers: tuple[Tensor, Tensor, Tensor | None],
         momentum: float | None,
         skip_nonfinite: bool,
-        form: tuple[float, str, float, int],
+        form: Form,
     ) -> Tensor:
         out, mean, var, count = _forward_update_running_(
             input, weight, bias, residual, mask, *buffers, momentum, skip_nonfinite, *form
         )
-        ctx.save_for_backward(input, mean, var, count, weight, bias, residual if form[1] else None, mask)
+        ctx.save_for_backward(input, mean, var, count, weight, bias, residual if form.activation else None, mask)
         ctx.form, ctx.inputs = form, 9
         ctx.set_materialize_grads(False)
         return out
@@ -156,7 +158,7 @@ class InPlaceCall(torch.autograd.Function):
         buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
         momentum: float | None,
         skip_nonfinite: bool,
-        form: tuple[float, str, float, int],
+        form: Form,
     ) -> Tensor:
         mean, var, count = _forward_inplace_(input, weight, bias, *buffers, momentum, skip_nonfinite, *form)
         ctx.mark_dirty(input)
@@ -183,9 +185,7 @@ class InPlaceCall(torch.autograd.Function):
 _MOST, _MOST_OF_HALF = 128.0, 4.0
 
 
-def may_overwrite(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, form: tuple[float, str, float, int]
-) -> bool:
+def may_overwrite(input: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> bool:
     """Whether an output may take this input's place: it is nobody else's, and the backward can undo what is done.
 
     Only where there is something to save, so never a batch of data; and never under hooks on saved tensors: activation
@@ -194,7 +194,7 @@ def may_overwrite(
     needed = extension.LOADED and torch.is_grad_enabled() and input.requires_grad and input.device.type == "cpu"
     if not needed or input.is_leaf or input._is_view() or dense(input) is not input or _saved_tensors_hooks(False):
         return False
-    if form[1] != "" and not (form[1] == "leaky_relu" and form[2] > 0):
+    if form.activation != "" and not (form.activation == "leaky_relu" and form.negative_slope > 0):
         return False
     if weight is None and bias is None:
         return True
@@ -221,7 +221,7 @@ class FixedStatistics(_Function):
         activation: str,
         negative_slope: float,
     ) -> Tensor:
-        form = (eps, activation, negative_slope, 0)
+        form = Form(eps, activation, negative_slope)
         # copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
         mean, var = mean.double().clone(), var.double().clone()
         ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, mask)
@@ -230,8 +230,29 @@ class FixedStatistics(_Function):
         return _apply(input, mean, var, weight, bias, residual, *form)
 
 
+def python_training_call(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+    *form: Any,
+) -> Tensor:
+    buffers = (running_mean, running_var, num_batches_tracked)
+    return TrainingCall.apply(input, weight, bias, residual, mask, buffers, momentum, skip_nonfinite, Form(*form))
+
+
 _compiled = extension.autograd_module(torch.__version__)
 
-# TrainingCall.apply, and whether its arguments surely pass checks.py (which decides wherever this says no)
-training_call: Callable[..., Tensor] = TrainingCall.apply if _compiled is None else _compiled.training_call
-fits: Callable[..., bool] = (lambda *_: False) if _compiled is None else _compiled.fits
+# `TrainingCall` with all its arguments in a row, in C++ where that was built
+training_call: Callable[..., Tensor] = python_training_call if _compiled is None else _compiled.training_call
+# The same for (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, *form) that
+# surely pass checks.py, where nothing traces, transforms or recomputes the call; None where that is not sure.
+plain_training_call: Callable[..., Tensor | None] = (
+    (lambda *_: None) if _compiled is None else _compiled.plain_training_call
+)

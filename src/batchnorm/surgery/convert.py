@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, cast
+from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..norm_act import BatchNormActBase
+from ..options import DEFAULTS, NAMES, make_options, shows_options
+from ..registrations import register_opacus
+from ..twins import TORCH_TYPES, drop_own, same_insides, torch_twin
+from .derived import derived_class, original_class
 from .foreign import frozen_eps, holds_statistics
+from .foreign_act import ForeignNormAct, is_norm_act
 from .freeze import frozen_class, is_frozen, thawed_class
+from .fused_sequential import FusedSequential, fuse_sequential_call, unfuse_sequential
 from .kinds import is_norm
 from .replace import replace_all
 
@@ -41,136 +45,112 @@ class _LazyBatchNorm3d(_LazyNormBase, BatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
-_OURS: dict[type, type] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-    nn.SyncBatchNorm: _AnyBatchNorm,
-}
+_OURS: dict[type, type] = {theirs: ours for ours, theirs in TORCH_TYPES.items()} | {nn.SyncBatchNorm: _AnyBatchNorm}
 _LAZY: dict[type, type] = {
     nn.LazyBatchNorm1d: _LazyBatchNorm1d,
     nn.LazyBatchNorm2d: _LazyBatchNorm2d,
     nn.LazyBatchNorm3d: _LazyBatchNorm3d,
 }
 _TORCHS = {ours: torchs for kinds in (_OURS, _LAZY) for torchs, ours in kinds.items()}
-_KEYWORDS = (
-    "ghost_batch_size", "renorm", "process_group", "nonfinite", "accumulation_steps", "domains", "domain_affine",
-    "inplace",
-)  # fmt: skip
-_ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
-
-# Their output is theirs alone until the next module has it, and their own backward needs no more of it.
-_SOURCES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-)  # fmt: skip
 
 
-class _Absorbed(nn.Identity):
-    """Stands where an activation stood that the batch normalization before it has taken in."""
+@shows_options(*NAMES)
+def convert(
+    model: nn.Module, *, fuse_sequential: bool = True, inplace: bool | None = None, **options: Any
+) -> nn.Module:
+    """Make every torch `BatchNorm1d/2d/3d` and `SyncBatchNorm` one of ours, in place.
 
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.training = activation.training
-        self._activation = (activation,)  # in a tuple: kept for `revert`, not called
+    Outputs, gradients and buffers stay what they were.
 
-    def extra_repr(self) -> str:
-        return f"{type(self._activation[0]).__name__} is in the layer before"
-
-
-def convert(model: nn.Module, **keywords: Any) -> nn.Module:
-    """Makes every torch `BatchNorm1d/2d/3d` and `SyncBatchNorm` one of ours, in place; outputs, gradients and
-    buffers stay what they were.
-
-    Parameters and buffers are the same objects, so an optimizer goes on; a layer that stands in several places
-    does so afterwards; hooks and their handles, mode, dtype and device are kept; a lazy layer becomes a lazy layer of
-    ours, a frozen one stays frozen; the `FrozenBatchNorm2d` of torchvision and its copies in other libraries become
-    frozen ones of ours, where a trial shows that they compute what ours does. In an
-    `nn.Sequential` an activation right after the layer is taken into it, and an `nn.Identity` keeps its place.
+    Parameters and buffers are the same objects, so an optimizer goes on; a layer that stands in several places does so
+    afterwards; hooks and their handles, mode, dtype and device are kept; a lazy layer becomes a lazy layer of ours, a
+    frozen one stays frozen. The `FrozenBatchNorm2d` of torchvision and its copies in other libraries become frozen ones
+    of ours, and subclasses that also activate (timm's `BatchNormAct2d`) keep their class and parts, where a trial shows
+    that they compute what ours does. Activations stay where and what they are: an `nn.Sequential` that holds a
+    normalization and an activation after it runs the pair as one operator by its own call.
 
     Args:
         model: any module.
-        **keywords: `ghost_batch_size`, `renorm`, `process_group`, `nonfinite`, `accumulation_steps`, `domains`,
-            `domain_affine`, set on every layer, also on those that were ours already. `inplace=True` is set where a
-            layer follows a convolution or linear layer in an `nn.Sequential`: elsewhere others may read its input too;
-            False takes it from every layer.
+        fuse_sequential: False leaves every `nn.Sequential` the class it has.
+        inplace: True lets a normalization's output take its input's place where it follows a convolution or linear
+            layer in an `nn.Sequential` (docs/in-place.md): elsewhere others may read its input too. False takes that
+            permission back everywhere.
+        **options: set on every layer, also on those that were ours already.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.
 
     Raises:
-        UserError: an unknown keyword. ValueError: keywords that do not go together, as the layers say it.
+        UserError: an unknown keyword, or `inplace` without `fuse_sequential`. ValueError: options that do not go
+            together, as the layers say it. The model is then unchanged.
 
     Warns:
-        UserWarning: names the batch normalizations of other libraries, which are left alone: their forward may do more.
+        UserWarning: names the batch normalizations that are left alone: another library's whose forward may do more, or
+            one whose own `forward` was replaced or compiled.
     """
-    unknown = [name for name in keywords if name not in _KEYWORDS]
-    if unknown:
-        raise UserError(f"convert: unknown keyword {unknown[0]}; it takes {', '.join(_KEYWORDS)}")
-    BatchNorm2d(1, **keywords)  # checks the values before anything changes
-    inplace = keywords.pop("inplace", None)
-    plan, left = _plan_convert(model, keywords)
+    make_options("convert", options)  # refused before anything changes
+    register_opacus()
+    if inplace and not fuse_sequential:
+        raise UserError("convert: inplace works in the call of an nn.Sequential; leave fuse_sequential=True")
+    plan, left = _plan_convert(model, options)
     done = replace_all(model, plan)
-    _convert_lazy(done.root, keywords)
-    _absorb_activations(done.root)
+    _convert_lazy(done.root, options)
+    if fuse_sequential:
+        _fuse_sequentials(done.root, bool(inplace))
     if inplace is not None:
         _set_inplace(done.root, inplace)
     if left:
-        warnings.warn(f"convert: left alone, since not torch's own: {', '.join(left)}", stacklevel=2)
+        warnings.warn(f"convert: left alone: {', '.join(left)}", stacklevel=2)
     return done.root
 
 
-def _plan_convert(model: nn.Module, keywords: dict[str, Any]) -> tuple[dict[nn.Module, nn.Module], list[str]]:
-    """What each batch normalization becomes, lazy ones aside, and the names of those that are left alone."""
+def _is_our_norm(module: nn.Module) -> bool:
+    """Of one of our classes, lazy, frozen and another library's included; a user's own subclass is not."""
+    return thawed_class(type(module)) in _TORCHS or isinstance(module, ForeignNormAct)
+
+
+def _plan_convert(model: nn.Module, options: dict[str, Any]) -> tuple[dict[nn.Module, nn.Module], list[str]]:
+    """What each batch normalization becomes, lazy ones aside, and those that are left alone, with the reason."""
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
         kind = thawed_class(type(module))
-        if kind in _OURS:
-            plan[module] = _as_ours(module, keywords)
-        elif (eps := frozen_eps(module)) is not None:
+        replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+        if _is_our_norm(module) and kind not in _LAZY.values():
+            if options:
+                plan[module] = new = same_insides(module, type(module))
+                new.configure(**options)
+        elif kind in (*_LAZY, *_LAZY.values()):
+            continue  # in place, after the others
+        elif is_norm(module) and replaced:
+            left.append(f"{name} (its forward was replaced or compiled)")
+        elif kind in _OURS or is_norm_act(module):
+            plan[module] = _as_ours(module, options)
+        elif (eps := frozen_eps(module)) is not None and not replaced:
             plan[module] = _from_buffers(module, eps)
-        elif keywords and kind in _TORCHS and kind not in _LAZY.values():
-            plan[module] = new = _with_the_same_insides(module, type(module))
-            new.configure(**keywords)
-        elif (is_norm(module) and kind not in _LAZY and kind not in _TORCHS) or holds_statistics(module):
+        elif is_norm(module) or holds_statistics(module):
             left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
     return plan, left
 
 
-def _convert_lazy(root: nn.Module, keywords: dict[str, Any]) -> None:
+def _convert_lazy(root: nn.Module, options: dict[str, Any]) -> None:
     for module in root.modules():
         if type(module) in (*_LAZY, *_LAZY.values()):  # in place: the hooks that give it its size are bound to it
             lazy: Any = module
             lazy.__class__ = _LAZY.get(type(module), type(module))
-            lazy.configure(**keywords)
+            lazy.configure(**options)
 
 
-def _as_ours(module: nn.Module, keywords: dict[str, Any]) -> nn.Module:
-    ours = _OURS[thawed_class(type(module))]
-    if ours is _AnyBatchNorm:
-        group = module.process_group
-        keywords = {"process_group": "world" if group is None else group, **keywords}
-    new = _with_the_same_insides(module, frozen_class(ours) if is_frozen(module) else ours)
-    new.configure(**keywords)
+def _as_ours(module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    thawed = thawed_class(type(module))
+    ours = _OURS.get(thawed) or derived_class(ForeignNormAct, thawed)
+    if isinstance(module, nn.SyncBatchNorm):
+        group = module.__dict__["process_group"]
+        options = {"process_group": "world" if group is None else group, **options}
+    new = same_insides(module, frozen_class(ours) if is_frozen(module) else ours)
+    new.__dict__.pop("process_group", None)  # an option now
+    new.configure(**options)
     new.frozen = is_frozen(module)
-    return new
-
-
-def _with_the_same_insides(module: nn.Module, kind: Any) -> Any:
-    """A `kind` with the module's parameters and buffers, which shares its dicts of hooks: their handles hold on to
-    those. A setting that adds a buffer adds it to the new one alone."""
-    new = kind.__new__(kind)
-    new.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        new.__dict__[name] = copy.copy(new.__dict__[name])
     return new
 
 
@@ -188,124 +168,80 @@ def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
     return new
 
 
-def _neighbours(root: nn.Module) -> Iterator[tuple[nn.Module, Any, str, Any]]:
-    """Yields (holder, module, name, the next one) for modules of which the second surely gets the first's output, and
-    the second's name in the holder."""
-    for holder in list(root.modules()):
-        if type(holder).forward is nn.Sequential.forward:
-            children: list[tuple[str, Any]] = [(n, child) for n, child in holder._modules.items() if child is not None]
-            for (_, first), (name, second) in pairwise(children):
-                yield holder, first, name, second
-
-
-def _places(root: nn.Module) -> Counter[nn.Module]:
-    return Counter(child for holder in root.modules() for child in holder._modules.values() if child is not None)
-
-
-def _absorb_activations(root: nn.Module) -> None:
-    places = _places(root)
-    for holder, norm, name, activation in _neighbours(root):
-        if _may_absorb(norm, activation, places):
-            norm.activation = _ACTIVATIONS[type(activation)]
-            norm.negative_slope = getattr(activation, "negative_slope", 0.01)
-            holder._modules[name] = _Absorbed(activation)
+def _fuse_sequentials(root: nn.Module, inplace: bool) -> None:
+    for holder in root.modules():
+        whole = "forward" not in holder.__dict__ and holder._compiled_call_impl is None
+        if whole and type(holder).forward is nn.Sequential.forward:
+            fuse_sequential_call(holder, inplace)
 
 
 def _set_inplace(root: nn.Module, inplace: bool) -> None:
-    """True not where the layer also stands elsewhere, and not where a hook looks at what is between the two."""
-    if not inplace:
-        for module in root.modules():
-            if thawed_class(type(module)) in _TORCHS:
-                cast(Any, module).inplace = False
-        return
-    places = _places(root)
-    for _, source, _, norm in _neighbours(root):
-        if thawed_class(type(norm)) in _TORCHS and type(source) in _SOURCES and places[norm] == 1:
-            norm.inplace = not (source._forward_hooks or norm._forward_pre_hooks)
-
-
-def _may_absorb(norm: Any, activation: nn.Module, places: Counter[nn.Module]) -> bool:
-    """Not where the layer also stands elsewhere, and not where a hook looks at what is between the two."""
-    between = (norm._forward_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    around = (activation._forward_pre_hooks, activation._forward_hooks)
-    behind = (activation._backward_hooks, activation._backward_pre_hooks)
-    return (
-        thawed_class(type(norm)) in _TORCHS
-        and norm.activation is None
-        and type(activation) in _ACTIVATIONS
-        and places[norm] == 1
-        and not any((*between, *around, *behind))
-    )
+    for holder in root.modules():
+        if isinstance(holder, FusedSequential):
+            holder.batchnorm_inplace = inplace
+        elif isinstance(holder, BatchNormActBase) and not inplace:
+            holder.inplace = False
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Makes every layer of ours torch's again, in place, with the same parameter and buffer objects.
+    """Make every layer of ours torch's again, in place, with the same parameter and buffer objects.
 
-    An activation that `convert` took in stands where it stood. A layer that was built with an activation becomes
-    `nn.Sequential(norm=BatchNorm2d, activation=ReLU)`, whose `state_dict` keys have `norm.` in them; it can no longer
-    be called with a residual or a mask.
+    Every `nn.Sequential` that `convert` gave a call of its own has its class back, and so has every layer of another
+    library. A `BatchNormAct2d` becomes ``nn.Sequential(norm=BatchNorm2d, act=ReLU)``, with the same `state_dict` keys;
+    it can no longer be called with a residual or a mask.
 
     Returns:
         The same model; a model that is itself a batch normalization is returned anew.
 
     Raises:
-        UserError: a layer uses ghost batches, renormalization, domains or another setting that torch has not; the
-            model is then unchanged.
+        UserError: a layer uses ghost batches, renormalization, domains or another option that torch has not; the model
+            is then unchanged.
     """
     for name, module in model.named_modules():
-        if thawed_class(type(module)) in _TORCHS:
+        if _is_our_norm(module):
             _check_expressible(name, module)
-    _give_back_activations(model)
-    plan = {m: _as_torchs(m) for m in model.modules() if thawed_class(type(m)) in _OURS.values()}
+    plan: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, BatchNormActBase):
+            plan[module] = _as_sequential(module)
+        elif _is_our_norm(module) and type(module) not in _LAZY.values():
+            plan[module] = _as_torchs(module)
     done = replace_all(model, plan)
+    for composite in plan.values():  # the norms inside them are replaced in their turn
+        if isinstance(composite, nn.Sequential):
+            replace_all(composite, plan)
     for module in done.root.modules():
+        unfuse_sequential(module)
         if type(module) in _LAZY.values():
             module.__class__ = _TORCHS[type(module)]
-            _drop_settings(module)
+            drop_own(module)
     return done.root
 
 
 def _check_expressible(name: str, module: Any) -> None:
-    for setting in ("ghost_batch_size", "renorm", "nonfinite", "accumulation_steps", "feature_axis", "domains"):
-        value = getattr(module, setting)
-        if value != getattr(BatchNorm2d, setting):
+    for option, value in module.options.changed().items():
+        if option != "process_group":  # a SyncBatchNorm has that
             raise UserError(
-                f"revert: {name or 'the model'} has {setting}={value}, which torch.nn has not; set it to "
-                f"{getattr(BatchNorm2d, setting)!r} first (convert takes keywords), or keep the layer"
+                f"revert: {name or 'the model'} has {option}={value}, which torch.nn has not; set it to "
+                f"{getattr(DEFAULTS, option)!r} first (convert takes keywords), or keep the layer"
             )
 
 
-def _give_back_activations(model: nn.Module) -> None:
-    for holder in model.modules():
-        children: list[tuple[str, Any]] = list(holder._modules.items())
-        for (_, norm), (name, child) in pairwise(children):
-            if isinstance(child, _Absorbed) and norm is not None:
-                holder._modules[name] = child._activation[0].train(child.training)
-                norm.activation = None
+def _as_sequential(module: BatchNormActBase) -> nn.Module:
+    both = nn.Sequential(OrderedDict(module.named_children()))
+    both.training = module.training  # not by .train(): a frozen layer keeps its own mode
+    return both
 
 
 def _as_torchs(module: Any) -> nn.Module:
     if "_converted_from" in module.__dict__:
         original: nn.Module = module._converted_from[0]
         return original
-    ours, group = thawed_class(type(module)), module.process_group
-    torchs = nn.SyncBatchNorm if group is not None else _TORCHS[ours]
-    new = _with_the_same_insides(module, frozen_class(torchs) if is_frozen(module) else torchs)
-    _drop_settings(new)
-    if torchs is nn.SyncBatchNorm:
+    ours, group = thawed_class(type(module)), module.options.process_group
+    torchs = original_class(ours, ForeignNormAct)
+    if torchs is ours:
+        torchs = nn.SyncBatchNorm if group is not None else _TORCHS[ours]
+    new: Any = torch_twin(module, frozen_class(torchs) if is_frozen(module) else torchs)
+    if issubclass(torchs, nn.SyncBatchNorm):
         new.process_group = None if group == "world" else group
-    if module.activation is None:
-        return new
-    kinds = {word: kind for kind, word in _ACTIVATIONS.items()}
-    slope = (module.negative_slope,) if module.activation == "leaky_relu" else ()
-    activation = kinds[module.activation](*slope)
-    activation.training = module.training
-    both = nn.Sequential(OrderedDict(norm=new, activation=activation))
-    both.training = module.training  # not by .train(): a frozen layer keeps its own mode
-    return both
-
-
-def _drop_settings(module: nn.Module) -> None:
-    module._buffers.pop("num_batches_skipped", None)
-    for name in (vars(BatchNorm2d(1)).keys() - vars(nn.BatchNorm2d(1)).keys()) | {"frozen", "domain"}:
-        module.__dict__.pop(name, None)
+    return new

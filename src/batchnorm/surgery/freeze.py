@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
 
 from ..errors import UserError
+from .derived import Derived, derived_class, original_class
 from .kinds import is_norm
 
 __all__ = ["freeze", "frozen_class", "is_frozen", "thawed_class", "unfreeze"]
 
 
-class _Frozen:
-    """Put before a batch normalization's own class, so that it is a subclass of it and every `isinstance` holds."""
+class _Frozen(Derived):
+    """A batch normalization that is held in evaluation mode."""
 
+    prefix = "Frozen"
     _mode_asked: bool  # what `.train()` asked for last: the mode after unfreezing
     _before_freezing: dict[str, Any]
 
@@ -24,25 +25,15 @@ class _Frozen:
         self._mode_asked = mode
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly, so a pickle or a deep copy has to make it again.
-        return _restore, (thawed_class(type(self)),), self.__getstate__()
 
-
-def _restore(base: type) -> Any:
-    kind: Any = frozen_class(base)
-    return kind.__new__(kind)
-
-
-@cache
 def frozen_class(base: type) -> type:
     """The class of a frozen `base`, named `FrozenBASE`."""
-    return type(f"Frozen{base.__name__}", (_Frozen, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return derived_class(_Frozen, base)
 
 
 def thawed_class(kind: type) -> type:
     """The class that a frozen layer had before; a class that is not frozen is returned as it is."""
-    return kind.__mro__[2] if issubclass(kind, _Frozen) else kind
+    return original_class(kind, _Frozen)
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UserError
@@ -71,7 +72,7 @@ def replace_all(model: nn.Module, plan: dict[nn.Module, nn.Module]) -> Replaced:
         return done
     holders = list(model.modules())
     for holder in holders:
-        if type(holder).__module__.startswith("torch.jit") or hasattr(holder, "_c"):
+        if isinstance(holder, torch.jit.ScriptModule):
             raise UserError(
                 f"{type(holder).__name__} is a TorchScript module, whose parts cannot be replaced; "
                 "change the Python model it was made from and script that"

@@ -1,10 +1,15 @@
 // A layer's eager training call as a C++ autograd function: ops/autograd.py's TrainingCall, without Python between the
 // operators and the engine. Both operators are called through the dispatcher, so modes, fake tensors, other devices and
 // the reference see what they see from Python.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
@@ -161,44 +166,45 @@ const Tensor& tensor(PyObject* object) {
 
 Optional optional_tensor(PyObject* object) { return object == Py_None ? std::nullopt : Optional(tensor(object)); }
 
-PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
-  TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == size, "expected a tuple of ", size);
-  return PySequence_Fast_ITEMS(tuple);
-}
-
-Form form_from(PyObject* tuple) {
-  PyObject* const* fields = items(tuple, 4);
+// (eps, activation, negative_slope, slice_size)
+Form form_from(PyObject* const* fields) {
   return {
       THPUtils_unpackDouble(fields[0]), THPUtils_unpackString(fields[1]), THPUtils_unpackDouble(fields[2]),
       THPUtils_unpackLong(fields[3])};
 }
 
-// (input, weight, bias, residual, mask, (running_mean, running_var, num_batches_tracked), momentum, skip_nonfinite,
-// (eps, activation, negative_slope, slice_size)) -> out
-PyObject* training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9, "training_call takes 9 arguments, got ", count);
-  PyObject* const* buffers = items(arguments[5], 3);
-  const Tensor input = tensor(arguments[0]);
-  const Optional weight = optional_tensor(arguments[1]), bias = optional_tensor(arguments[2]),
-                 residual = optional_tensor(arguments[3]);
-  const Rest rest{
-      optional_tensor(arguments[4]), optional_tensor(buffers[0]), optional_tensor(buffers[1]),
-      optional_tensor(buffers[2]),
-      arguments[6] == Py_None ? std::nullopt : std::optional(THPUtils_unpackDouble(arguments[6])),
-      THPUtils_unpackNumberAsBool(arguments[7]), form_from(arguments[8])};
+std::optional<double> momentum_from(PyObject* object) {
+  return object == Py_None ? std::nullopt : std::optional(THPUtils_unpackDouble(object));
+}
+
+PyObject* call(PyObject* const* affine, const Rest& rest) {
+  const Tensor input = tensor(affine[kInput]);
+  const Optional weight = optional_tensor(affine[kWeight]), bias = optional_tensor(affine[kBias]),
+                 residual = optional_tensor(affine[kResidual]);
   Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
     out = TrainingCall::apply(input, weight, bias, residual, rest);
   }
   return THPVariable_Wrap(out);
+}
+
+// (input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite, eps,
+// activation, negative_slope, slice_size) -> out
+PyObject* training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 14, "training_call takes 14 arguments, got ", count);
+  return call(
+      arguments,
+      {optional_tensor(arguments[4]), optional_tensor(arguments[5]), optional_tensor(arguments[6]),
+       optional_tensor(arguments[7]), momentum_from(arguments[8]), THPUtils_unpackNumberAsBool(arguments[9]),
+       form_from(arguments + 10)});
   END_HANDLE_TH_ERRORS
 }
 
-// Null for all but a tensor of torch's own whose sizes are numbers.
+// Null for all but a strided tensor of torch's own type whose sizes are numbers.
 const Tensor* plain(PyObject* object) {
-  if (!THPVariable_Check(object)) return nullptr;
+  if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
   const bool odd = t.layout() != at::kStrided || t.key_set().has_any(c10::python_ks) ||
       t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
@@ -224,19 +230,45 @@ bool buffer_fits(const Tensor& input, const Tensor* buffer) {
   return vector_fits(input, buffer) && !buffer->requires_grad() && (buffer->stride(0) != 0 || buffer->size(0) < 2);
 }
 
-// (input, running_mean, running_var, weight, bias, eps, slice_size) -> whether functional.training_call's checks surely
-// pass. False decides nothing: what is rare, and every refusal with its words, is checks.py's.
-PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 7, "fits takes 7 arguments, got ", count);
-  if (!PyFloat_Check(arguments[5]) || !PyLong_Check(arguments[6])) Py_RETURN_FALSE;
+bool residual_fits(const Tensor& input, const Tensor* residual) {
+  return residual && residual->sizes() == input.sizes() && residual->scalar_type() == input.scalar_type() &&
+      residual->device() == input.device();
+}
+
+// (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
+// negative_slope, slice_size): whether batchnorm.checks surely has nothing to refuse.
+bool fits(PyObject* const* arguments) {
+  PyObject *const momentum = arguments[7], *const eps = arguments[8], *const slice_size = arguments[11];
+  if (!PyFloat_Check(eps) || !PyLong_Check(slice_size) || !(momentum == Py_None || PyFloat_Check(momentum))) return false;
+  if (!PyUnicode_Check(arguments[9]) || !PyFloat_Check(arguments[10])) return false;
   const Tensor* input = plain(arguments[0]);
-  if (!input_fits(input, PyFloat_AS_DOUBLE(arguments[5]), THPUtils_unpackLong(arguments[6]))) Py_RETURN_FALSE;
-  for (PyObject* buffer : {arguments[1], arguments[2]})
-    if (!buffer_fits(*input, plain(buffer))) Py_RETURN_FALSE;
-  for (PyObject* vector : {arguments[3], arguments[4]})
-    if (vector != Py_None && !vector_fits(*input, plain(vector))) Py_RETURN_FALSE;
-  Py_RETURN_TRUE;
+  if (!input_fits(input, PyFloat_AS_DOUBLE(eps), THPUtils_unpackLong(slice_size))) return false;
+  for (PyObject* vector : {arguments[1], arguments[2]})
+    if (vector != Py_None && !vector_fits(*input, plain(vector))) return false;
+  if (arguments[3] != Py_None && !residual_fits(*input, plain(arguments[3]))) return false;
+  for (PyObject* buffer : {arguments[4], arguments[5]})
+    if (!buffer_fits(*input, plain(buffer))) return false;
+  return plain(arguments[6]) != nullptr;
+}
+
+// Whether the call runs now and once: nothing traces, transforms or recomputes it. Compilers are seen in Python alone.
+bool runs_eagerly() {
+  const bool functorch = c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  return !functorch && !at::impl::torch_function_mode_enabled() &&
+      !torch::jit::tracer::isTracing() && torch::autograd::get_current_graph_task_id() == -1 &&
+      !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+// The arguments of `fits` -> out, or None, which decides nothing: what is rare, and every refusal with its words, is
+// Python's.
+PyObject* plain_training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 12, "plain_training_call takes 12 arguments, got ", count);
+  if (!fits(arguments) || !runs_eagerly()) Py_RETURN_NONE;
+  return call(
+      arguments,
+      {std::nullopt, tensor(arguments[4]), tensor(arguments[5]), tensor(arguments[6]), momentum_from(arguments[7]),
+       false, form_from(arguments + 8)});
   END_HANDLE_TH_ERRORS
 }
 
@@ -247,7 +279,7 @@ PyCFunction erased(FastCall function) { return reinterpret_cast<PyCFunction>(rei
 
 PyMethodDef methods[] = {
     {"training_call", erased(training_call), METH_FASTCALL, nullptr},
-    {"fits", erased(fits), METH_FASTCALL, nullptr},
+    {"plain_training_call", erased(plain_training_call), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

@@ -1,4 +1,4 @@
-"""The name under which a model knows a module: for messages, where the time to look does not matter."""
+"""The full name under which a model knows a module: for messages, where the time to look does not matter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 from torch import nn
 
 
-def where(module: nn.Module) -> str:
+def full_name(module: nn.Module) -> str:
     """Like "layer1.0.bn1 (BatchNorm2d(64))": the longest path by which a living model reaches the module."""
     paths = [
         name

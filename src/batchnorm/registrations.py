@@ -1,0 +1,53 @@
+"""Tables of other tools that go by a module's exact type: where torch's BatchNorm is entered, ours is entered too.
+
+Entered are eager quantization's fusers (`torch.ao.quantization.fuse_modules`) and, where Opacus is loaded, its
+validators and fixers, which must find a batch normalization whatever its class. A tool that compares types without a
+table (FX quantization, `torch.fx.experimental.optimization.fuse`) leaves our layers as they are: right, but not fused;
+give it `batchnorm.revert(model)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .twins import TORCH_TYPES, torch_twin
+
+__all__ = ["register_opacus"]
+
+
+def _register_fusers() -> None:
+    try:
+        from torch.ao.quantization import fuser_method_mappings
+    except ImportError:  # a torch that has given its quantization away
+        return
+    table: dict[Any, Any] = getattr(fuser_method_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+    ours = {theirs: kind for kind, theirs in TORCH_TYPES.items()}
+    for types, method in list(table.items()):
+        if any(kind in ours for kind in types):
+            table.setdefault(tuple(ours.get(kind, kind) for kind in types), _through_twins(method))
+
+
+def _through_twins(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The fuser, given torch's layers in the place of ours; it asks for the exact types once more."""
+
+    def fuse(is_qat: bool, *modules: Any) -> Any:
+        return method(is_qat, *(torch_twin(m) if type(m) in TORCH_TYPES else m for m in modules))
+
+    return fuse
+
+
+def register_opacus() -> None:
+    """Enter our layers with Opacus, if it is loaded: batch normalization mixes samples, which it must not let pass."""
+    opacus = sys.modules.get("opacus.validators.module_validator")
+    if opacus is None:
+        return
+    for table in (opacus.ModuleValidator.VALIDATORS, opacus.ModuleValidator.FIXERS):
+        for ours, theirs in TORCH_TYPES.items():
+            if theirs in table:
+                table.setdefault(ours, table[theirs])
+
+
+_register_fusers()
+register_opacus()
