@@ -15,6 +15,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/batchnorm/csrc/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy ninja
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lightning mmengine mmcv-lite timm
 	touch $@
 
 study: $(READY)

@@ -15,7 +15,12 @@ _FLOATING = (torch.float32, torch.float64, *_HALF)
 def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int | None, synchronized: bool) -> None:
     """The input's dtype, dimensions and number of values a channel, and eps."""
     if input.dtype not in _FLOATING:
-        raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, convert the input first')
+        first = (
+            "run batchnorm.revert(model) before it is quantized: quantization knows torch's own layers"
+            if input.is_quantized
+            else "convert the input first"
+        )
+        raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, {first}')
     size = input.shape
     if len(size) < 2:
         raise RuntimeError(f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}")

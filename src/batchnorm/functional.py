@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -84,7 +85,8 @@ def batch_norm(
     docs/variants/.
     """
     tensors = (input, running_mean, running_var, weight, bias, residual)
-    if has_torch_function(tensors):
+    # an export looks at what is inside: it must see torch's own operators
+    if has_torch_function(tensors) and not torch.compiler.is_exporting():
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual, mask=mask, negative_slope=negative_slope,

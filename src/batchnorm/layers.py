@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
 from .layer_call import run_layer
 from .module_names import full_name
+from .errors import UserError
+from .opacus_tables import enter_with_opacus
 from .options import DEFAULTS, NAMES, Options, make_options, shows_options
 from .running_stats import Memory, RunningStats
 
@@ -64,6 +67,7 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
 
     def _set_options(self, options: Options) -> None:
         options.check_layer(self.running_mean is not None, self.weight is not None)
+        enter_with_opacus(type(self))
         new_domains = options.domains is not None and options.domains != self.options.domains
         self.options = options
         self.running_stats = RunningStats()
@@ -160,6 +164,23 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
         if "options" not in state:
             self.options, self.running_stats = make_options("", old), RunningStats()
 
+    @property
+    def qconfig(self) -> Any:
+        """What `torch.ao.quantization` has given the layer."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, qconfig: Any) -> None:
+        if qconfig is not None:
+            say_not_quantized()
+        self.__dict__["qconfig"] = qconfig
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("qconfig", None)
+
     def __prepare_scriptable__(self) -> Any:
         refuse_scripting(self)
 
@@ -177,6 +198,15 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         shown = [f"{name}={value}" for name, value in self.options.changed().items()]
         return ", ".join([super().extra_repr(), *shown, *(["frozen=True"] if self.frozen else [])])
+
+
+@functools.cache
+def say_not_quantized() -> None:
+    """Say once, when quantization first gives a layer of ours its settings, that it will not fold or convert it."""
+    logging.getLogger("batchnorm").warning(
+        "quantization goes by the exact type and leaves our batch normalization in float: right, but neither "
+        "folded nor quantized; run batchnorm.revert(model) before it"
+    )
 
 
 def refuse_scripting(module: nn.Module) -> None:

@@ -1,20 +1,16 @@
-"""Tables of other tools that go by a module's exact type: where torch's BatchNorm is entered, ours is entered too.
+"""Eager quantization goes by a module's exact type: its fusers are entered for our layers as for torch's.
 
-Entered are eager quantization's fusers (`torch.ao.quantization.fuse_modules`) and, where Opacus is loaded, its
-validators and fixers, which must find a batch normalization whatever its class. A tool that compares types without a
-table (FX quantization, `torch.fx.experimental.optimization.fuse`) leaves our layers as they are: right, but not fused;
-give it `batchnorm.revert(model)`.
+`torch.ao.quantization.fuse_modules` looks there. A tool that compares types without a table (FX quantization,
+`torch.fx.experimental.optimization.fuse`) leaves our layers as they are: right, but not fused; give it
+`batchnorm.revert(model)`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from .twins import TORCH_TYPES, torch_twin
-
-__all__ = ["register_opacus"]
 
 
 def _register_fusers() -> None:
@@ -38,16 +34,4 @@ def _through_twins(method: Callable[..., Any]) -> Callable[..., Any]:
     return fuse
 
 
-def register_opacus() -> None:
-    """Enter our layers with Opacus, if it is loaded: batch normalization mixes samples, which it must not let pass."""
-    opacus = sys.modules.get("opacus.validators.module_validator")
-    if opacus is None:
-        return
-    for table in (opacus.ModuleValidator.VALIDATORS, opacus.ModuleValidator.FIXERS):
-        for ours, theirs in TORCH_TYPES.items():
-            if theirs in table:
-                table.setdefault(ours, table[theirs])
-
-
 _register_fusers()
-register_opacus()

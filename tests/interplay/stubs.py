@@ -16,7 +16,7 @@ from torch import nn
 class _Anything(types.ModuleType):
     """A module of which every name can be imported; what it is does not matter, since nothing uses it."""
 
-    __path__: list[str] = []
+    __path__ = ()  # a package
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -71,7 +71,7 @@ def test_hooks_on_all_modules(kind):
         finally:
             handle.remove()
         logs.append([name for name in seen if name != "BatchNormAct2d"])
-    expected = [name for name in logs[1]]
+    expected = list(logs[1])
     if kind == "composite":
         expected.remove("Sequential")  # the block's own, which is a composite here
     assert sorted(logs[0]) == sorted(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_fuse_conv_bn_eval(kind):
     original, folded = copy.deepcopy(theirs), 0
     for parent in list(ours.modules()):
         children = list(parent.named_children())
-        for (before, conv), (name, norm) in zip(children, children[1:], strict=False):
+        for (before, conv), (name, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, before, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, name, nn.Identity())

@@ -37,7 +37,7 @@ def assert_sync(model: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs(kind):
     theirs, ours = pair(kind)
-    before = {name: parameter for name, parameter in ours.named_parameters()}
+    before = dict(ours.named_parameters())
     assert_sync(*(nn.SyncBatchNorm.convert_sync_batchnorm(model) for model in (ours, theirs)))
     assert all(parameter is before[name] for name, parameter in ours.named_parameters())
 

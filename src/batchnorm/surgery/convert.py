@@ -13,7 +13,6 @@ from ..errors import UserError
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..norm_act import BatchNormActBase
 from ..options import DEFAULTS, NAMES, make_options, shows_options
-from ..registrations import register_opacus
 from ..twins import TORCH_TYPES, drop_own, same_insides, torch_twin
 from .derived import derived_class, original_class
 from .foreign import frozen_eps, holds_statistics
@@ -89,7 +88,6 @@ def convert(
             one whose own `forward` was replaced or compiled.
     """
     make_options("convert", options)  # refused before anything changes
-    register_opacus()
     if inplace and not fuse_sequential:
         raise UserError("convert: inplace works in the call of an nn.Sequential; leave fuse_sequential=True")
     plan, left = _plan_convert(model, options)

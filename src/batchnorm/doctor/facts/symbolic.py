@@ -25,12 +25,6 @@ _LAYER_CALLS = {
 }  # fmt: skip
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__.startswith("batchnorm.") and isinstance(m, nn.modules.batchnorm._BatchNorm)
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
 def trace_graph(model: nn.Module, layers: list[Layer]) -> Graph:
     """Traces the model symbolically and leaves it as it was. Parts that cannot be traced make it incomplete."""
     by_module = {id(layer.module): layer for layer in layers}
@@ -45,7 +39,7 @@ def _trace(module: nn.Module, prefix: str, layers: dict[int, Layer], graph: Grap
     if id(module) in layers or kind_of_module(module) or not any(True for _ in module.children()):
         return True
     try:
-        traced = _Tracer().trace(module)
+        traced = fx.Tracer().trace(module)
     except Exception:  # a forward may do anything with a proxy
         whole = False
         for name, child in module.named_children():
