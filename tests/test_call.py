@@ -34,9 +34,10 @@ def python_calls(function, *arguments):
 
 
 @pytest.mark.skipif(COMPILED is None, reason="csrc/autograd was not built against this torch")
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("make", [BatchNorm2d, BatchNormAct2d])
-def test_the_common_call_is_short_and_enters_no_module_twice(make):
-    calls = python_calls(make(4), torch.randn(8, 4, 5, 5, requires_grad=True))
+def test_the_common_call_is_short_and_enters_no_module_twice(make, training):
+    calls = python_calls(make(4).train(training), torch.randn(8, 4, 5, 5, requires_grad=True))
     assert len(calls) <= 6, calls
     modules = [name for name, _ in calls]
     assert len([m for i, m in enumerate(modules) if m not in modules[:i]]) == len(

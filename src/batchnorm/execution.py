@@ -22,8 +22,9 @@ recompute     forward · nobody                stats → source → apply · nob
 - A layer with ``accumulation_steps``, ``renorm`` or ``nonfinite="skip"`` asks for its cell without the update
   (`normalize`); its `RunningStats` say by which moments the buffers move, and `move` moves them.
 
-`plain_training_call` is the cell that small tensors feel most, eager and plain, as one call into C++ where that was
-built. It takes what surely belongs there and leaves all else to `run`. Layers try it first.
+`plain_training_call` and `plain_running_call` are the cells that small tensors feel most, eager and plain or eager
+with running statistics, as one call into C++ where that was built. They take what surely belongs there and leave the
+rest to `run`. Layers try them first.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from .ops import (
     activate,
     fused,
     may_overwrite,
+    plain_running_call,
     plain_training_call,
     training_call,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "channels_second",
     "move",
     "normalize",
+    "plain_running_call",
     "plain_training_call",
     "recomputing",
     "run",

@@ -15,6 +15,7 @@ from .execution import (
     channels_second,
     move,
     normalize,
+    plain_running_call,
     plain_training_call,
     recomputing,
     where_we_run,
@@ -44,26 +45,22 @@ def run_layer(
     if input.dim() not in layer.usual_dims:
         layer._check_input_dim(input)
     options = layer.options
-    if layer.training and options.plain and mask is domain is None and not inplace and not _is_dynamo_compiling():
-        # straight from nn.Module's dictionaries: its own look-up of five names costs half of what the operator does
+    if options.plain and mask is domain is None and not inplace and not _is_dynamo_compiling():
+        # straight from nn.Module's dictionaries: its own look-up of five names costs half of what the operator does;
+        # what lies elsewhere (pruned, parametrized) fits no fast call
         buffers, parameters = layer._buffers, layer._parameters
-        if layer.track_running_stats and not layer.frozen:
+        weight, bias = parameters.get("weight", ...), parameters.get("bias", ...)
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        out = None
+        if layer.frozen or not layer.training:
+            out = plain_running_call(input, weight, bias, residual, mean, var, layer.eps, activation, negative_slope)
+        elif layer.track_running_stats:
             out = plain_training_call(
-                input,
-                parameters.get("weight", ...),  # what lies elsewhere (pruned, parametrized) fits no fast call
-                parameters.get("bias", ...),
-                residual,
-                buffers.get("running_mean"),
-                buffers.get("running_var"),
-                buffers.get("num_batches_tracked"),
-                layer.momentum,
-                layer.eps,
-                activation,
-                negative_slope,
-                options.ghost_batch_size or 0,
-            )
-            if out is not None:
-                return out
+                input, weight, bias, residual, mean, var, buffers.get("num_batches_tracked"), layer.momentum,
+                layer.eps, activation, negative_slope, options.ghost_batch_size or 0,
+            )  # fmt: skip
+        if out is not None:
+            return out
     remembers = domain is not None or options.domains is not None or options.remembers
     run = _run_domains if remembers else _run_plainly
     if options.process_group is None:

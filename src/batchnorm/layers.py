@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .layer_call import run_layer
 from .module_names import full_name
-from .errors import UserError
 from .opacus_tables import enter_with_opacus
 from .options import DEFAULTS, NAMES, Options, make_options, shows_options
 from .running_stats import Memory, RunningStats

@@ -16,4 +16,5 @@ def call(request, monkeypatch):
     monkeypatch.setattr(execution, "training_call", chosen)
     if request.param == "python":
         monkeypatch.setattr(layer_call, "plain_training_call", lambda *_: None)
+        monkeypatch.setattr(layer_call, "plain_running_call", lambda *_: None)
     return chosen

@@ -9,6 +9,7 @@ from .autograd import (
     InPlaceCall,
     TrainingCall,
     may_overwrite,
+    plain_running_call,
     plain_training_call,
     training_call,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "activate",
     "extension",
     "may_overwrite",
+    "plain_running_call",
     "plain_training_call",
     "register",
     "schemas",

@@ -256,3 +256,8 @@ training_call: Callable[..., Tensor] = python_training_call if _compiled is None
 plain_training_call: Callable[..., Tensor | None] = (
     (lambda *_: None) if _compiled is None else _compiled.plain_training_call
 )
+# `apply` and `FixedStatistics` likewise: (input, weight, bias, residual, running_mean, running_var, eps, activation,
+# negative_slope)
+plain_running_call: Callable[..., Tensor | None] = (
+    (lambda *_: None) if _compiled is None else _compiled.plain_running_call
+)

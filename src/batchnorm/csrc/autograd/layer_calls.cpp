@@ -1,6 +1,6 @@
-// A layer's eager training call as a C++ autograd function: ops/autograd.py's TrainingCall, without Python between the
-// operators and the engine. Both operators are called through the dispatcher, so modes, fake tensors, other devices and
-// the reference see what they see from Python.
+// A layer's eager calls as C++ autograd functions: TrainingCall and FixedStatistics of ops/autograd.py, without Python
+// between the operators and the engine. All operators are called through the dispatcher, so modes, fake tensors, other
+// devices and the reference see what they see from Python.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -48,6 +48,11 @@ struct Rest {
   Form form;
 };
 
+struct Running {
+  Tensor mean, var;
+  Form form;
+};
+
 // The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
 const auto& forward_operator() {
   static const auto found = c10::Dispatcher::singleton()
@@ -56,6 +61,15 @@ const auto& forward_operator() {
           const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&,
           const Optional&, const Optional&, std::optional<double>, bool, double, std::string_view, double,
           std::int64_t)>();
+  return found;
+}
+
+const auto& apply_operator() {
+  static const auto found = c10::Dispatcher::singleton()
+      .findSchemaOrThrow("batchnorm::apply", "")
+      .typed<Tensor(
+          const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double,
+          std::string_view, double, std::int64_t)>();
   return found;
 }
 
@@ -73,7 +87,7 @@ Tensor defined(const Optional& t) { return t.value_or(Tensor()); }
 
 }  // namespace
 
-// Not in the unnamed namespace: its name is what profilers and anomaly mode show.
+// Not in the unnamed namespace: their names are what profilers and anomaly mode show.
 struct TrainingCall : torch::autograd::Function<TrainingCall> {
   // The backward is nothing but operators, so compiled autograd may look through it as it does through Python's.
   static constexpr bool is_traceable = true;
@@ -83,6 +97,52 @@ struct TrainingCall : torch::autograd::Function<TrainingCall> {
       const Rest& rest);
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs);
 };
+
+// The running statistics' call: the gradient does not pass through them.
+struct RunningCall : torch::autograd::Function<RunningCall> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+      const Running& running);
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    return TrainingCall::backward(ctx, grad_outputs);
+  }
+};
+
+namespace {
+
+// What the backward needs beside the tensors.
+void note(
+    AutogradContext* ctx, const Form& form, const Optional& weight, const Optional& bias, const Optional& residual) {
+  ctx->saved_data["form"] = std::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
+  // the engine numbers only the inputs that are tensors
+  ctx->saved_data["given"] = std::make_tuple(true, weight.has_value(), bias.has_value(), residual.has_value());
+  ctx->set_materialize_grads(false);
+}
+
+Tensor apply_running(
+    const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+    const Running& running) {
+  const Form& form = running.form;
+  return apply_operator().call(
+      input, running.mean, running.var, weight, bias, residual, form.eps, form.activation, form.negative_slope, 0);
+}
+
+}  // namespace
+
+Tensor RunningCall::forward(
+    AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+    const Running& running) {
+  Tensor out = apply_running(input, weight, bias, residual, running);
+  // copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+  const auto copy = [](const Tensor& t) { return t.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true); };
+  ctx->save_for_backward(
+      {input, copy(running.mean), copy(running.var), Tensor(), defined(weight), defined(bias),
+       running.form.activation.empty() ? Tensor() : defined(residual), Tensor()});
+  note(ctx, running.form, weight, bias, residual);
+  return out;
+}
 
 Tensor TrainingCall::forward(
     AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
@@ -94,10 +154,7 @@ Tensor TrainingCall::forward(
   ctx->save_for_backward(
       {input, mean, var, count, defined(weight), defined(bias),
        form.activation.empty() ? Tensor() : defined(residual), defined(rest.mask)});
-  ctx->saved_data["form"] = std::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
-  // the engine numbers only the inputs that are tensors
-  ctx->saved_data["given"] = std::make_tuple(true, weight.has_value(), bias.has_value(), residual.has_value());
-  ctx->set_materialize_grads(false);
+  note(ctx, form, weight, bias, residual);
   return out;
 }
 
@@ -213,10 +270,11 @@ const Tensor* plain(PyObject* object) {
 
 bool half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
-bool input_fits(const Tensor* input, double eps, std::int64_t slice_size) {
+bool input_fits(const Tensor* input, bool training, double eps, std::int64_t slice_size) {
   if (!input || input->dim() < 2 || !(eps > 0) || slice_size < 0) return false;
   const auto type = input->scalar_type();
   if (type != at::kFloat && type != at::kDouble && !half(type)) return false;
+  if (!training) return true;
   return (input->size(0) > 1 && slice_size != 1) || input->numel() > input->size(0) * input->size(1);
 }
 
@@ -235,20 +293,17 @@ bool residual_fits(const Tensor& input, const Tensor* residual) {
       residual->device() == input.device();
 }
 
-// (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
-// negative_slope, slice_size): whether batchnorm.checks surely has nothing to refuse.
-bool fits(PyObject* const* arguments) {
-  PyObject *const momentum = arguments[7], *const eps = arguments[8], *const slice_size = arguments[11];
-  if (!PyFloat_Check(eps) || !PyLong_Check(slice_size) || !(momentum == Py_None || PyFloat_Check(momentum))) return false;
-  if (!PyUnicode_Check(arguments[9]) || !PyFloat_Check(arguments[10])) return false;
-  const Tensor* input = plain(arguments[0]);
-  if (!input_fits(input, PyFloat_AS_DOUBLE(eps), THPUtils_unpackLong(slice_size))) return false;
-  for (PyObject* vector : {arguments[1], arguments[2]})
+// (input, weight, bias, residual, running_mean, running_var): whether batchnorm.checks surely has nothing to refuse; with
+// `training` also whether there are values enough for a variance.
+bool tensors_fit(PyObject* const* tensors, bool training, double eps, std::int64_t slice_size) {
+  const Tensor* input = plain(tensors[0]);
+  if (!input_fits(input, training, eps, slice_size)) return false;
+  for (PyObject* vector : {tensors[1], tensors[2]})
     if (vector != Py_None && !vector_fits(*input, plain(vector))) return false;
-  if (arguments[3] != Py_None && !residual_fits(*input, plain(arguments[3]))) return false;
-  for (PyObject* buffer : {arguments[4], arguments[5]})
+  if (tensors[3] != Py_None && !residual_fits(*input, plain(tensors[3]))) return false;
+  for (PyObject* buffer : {tensors[4], tensors[5]})
     if (!buffer_fits(*input, plain(buffer))) return false;
-  return plain(arguments[6]) != nullptr;
+  return true;
 }
 
 // Whether the call runs now and once: nothing traces, transforms or recomputes it. Compilers are seen in Python alone.
@@ -259,16 +314,54 @@ bool runs_eagerly() {
       !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// The arguments of `fits` -> out, or None, which decides nothing: what is rare, and every refusal with its words, is
+// (eps, activation, negative_slope): numbers and a word, so that nothing here raises in other words than Python.
+bool form_fits(PyObject* const* form) {
+  return PyFloat_Check(form[0]) && PyUnicode_Check(form[1]) && PyFloat_Check(form[2]);
+}
+
+// (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
+// negative_slope, slice_size) -> out, or None, which decides nothing: what is rare, and every refusal with its words, is
 // Python's.
 PyObject* plain_training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 12, "plain_training_call takes 12 arguments, got ", count);
-  if (!fits(arguments) || !runs_eagerly()) Py_RETURN_NONE;
+  PyObject *const momentum = arguments[7], *const slice_size = arguments[11];
+  if (!form_fits(arguments + 8) || !PyLong_Check(slice_size) || !(momentum == Py_None || PyFloat_Check(momentum)))
+    Py_RETURN_NONE;
+  if (!tensors_fit(arguments, true, PyFloat_AS_DOUBLE(arguments[8]), THPUtils_unpackLong(slice_size)) ||
+      !plain(arguments[6]) || !runs_eagerly())
+    Py_RETURN_NONE;
   return call(
       arguments,
-      {std::nullopt, tensor(arguments[4]), tensor(arguments[5]), tensor(arguments[6]), momentum_from(arguments[7]),
-       false, form_from(arguments + 8)});
+      {std::nullopt, tensor(arguments[4]), tensor(arguments[5]), tensor(arguments[6]), momentum_from(momentum), false,
+       form_from(arguments + 8)});
+  END_HANDLE_TH_ERRORS
+}
+
+bool wants_gradient(const Optional& t) { return t && t->requires_grad(); }
+
+// (input, weight, bias, residual, running_mean, running_var, eps, activation, negative_slope) -> out, or None as above.
+PyObject* plain_running_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 9, "plain_running_call takes 9 arguments, got ", count);
+  if (!form_fits(arguments + 6) || !tensors_fit(arguments, false, PyFloat_AS_DOUBLE(arguments[6]), 0) ||
+      !runs_eagerly())
+    Py_RETURN_NONE;
+  const Tensor input = tensor(arguments[kInput]);
+  const Optional weight = optional_tensor(arguments[kWeight]), bias = optional_tensor(arguments[kBias]),
+                 residual = optional_tensor(arguments[kResidual]);
+  const Running running{
+      tensor(arguments[4]), tensor(arguments[5]),
+      {THPUtils_unpackDouble(arguments[6]), THPUtils_unpackString(arguments[7]), THPUtils_unpackDouble(arguments[8]), 0}};
+  Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    const bool differentiable = at::GradMode::is_enabled() &&
+        (input.requires_grad() || wants_gradient(weight) || wants_gradient(bias) || wants_gradient(residual));
+    out = differentiable ? RunningCall::apply(input, weight, bias, residual, running)
+                         : apply_running(input, weight, bias, residual, running);
+  }
+  return THPVariable_Wrap(out);
   END_HANDLE_TH_ERRORS
 }
 
@@ -279,6 +372,7 @@ PyCFunction erased(FastCall function) { return reinterpret_cast<PyCFunction>(rei
 
 PyMethodDef methods[] = {
     {"training_call", erased(training_call), METH_FASTCALL, nullptr},
+    {"plain_running_call", erased(plain_running_call), METH_FASTCALL, nullptr},
     {"plain_training_call", erased(plain_training_call), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
