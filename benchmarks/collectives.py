@@ -1,4 +1,4 @@
-"""What synchronised statistics cost from 2 to 1,024 ranks: measured with gloo, extrapolated; writes into docs/scale.md.
+"""What synchronized statistics cost from 2 to 1,024 ranks: measured with gloo, extrapolated; writes into docs/scale.md.
 
     python -m benchmarks.collectives            # two nodes of this machine
     torchrun ... -m benchmarks.collectives      # on a cluster of yours: the first rank prints instead
@@ -44,7 +44,7 @@ def channels() -> list[int]:
 
 
 def collective(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Runs the operator of moments/synchronised.py."""
+    """Runs the operator of moments/synchronized.py."""
     group = dist.group.WORLD.group_name
     if name == "all_gather":
         out = torch.ops._c10d_functional.all_gather_into_tensor(x, dist.get_world_size(), group)

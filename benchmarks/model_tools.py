@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.bench.timing import Timing, interleaved, machine
-from batchnorm.surgery import convert, fold, fuse
-from batchnorm.surgery.kinds import is_norm
-from batchnorm.surgery.replace import replace
+from batchnorm.model_tools import convert, fold, fuse
+from batchnorm.model_tools.kinds import is_norm
+from batchnorm.model_tools.replace import replace
 
 from .model_tools_check import LIMIT, differences
 from .model_tools_networks import NETWORKS, Network, settled

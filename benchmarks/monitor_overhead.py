@@ -2,7 +2,7 @@
 
     python benchmarks/monitor_overhead.py [--pairs 20]
 
-Rounds of 50 steps, one sample each, with and without the monitor, run in turn; the ratio of neighbours is compared.
+Rounds of 50 steps, one sample each, with and without the monitor, run in turn; the ratio of neighbors is compared.
 Processor time of one thread, which other processes on the machine hardly touch.
 """
 

@@ -50,7 +50,7 @@ def picture(drawn: Sequence[figures.Figure], path: Path, columns: int, height: i
     )  # fmt: skip
     rows = -(-len(drawn) // columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    photograph(browser, html, path, 32 + rows * (height + 34), 256)  # thin lines of five colours and their bands
+    photograph(browser, html, path, 32 + rows * (height + 34), 256)  # thin lines of five colors and their bands
 
 
 def write_block(name: str, text: str) -> None:

@@ -47,14 +47,14 @@ GIGABYTE = 10**9
 def shards(rows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (number, x, y): ten overlapping classes of float32 numbers, means far from 0 and spreads from 1 to 100."""
     shared = np.random.default_rng(0)
-    centres = shared.normal(scale=0.2, size=(CLASSES, FEATURES)).astype(np.float32)
+    centers = shared.normal(scale=0.2, size=(CLASSES, FEATURES)).astype(np.float32)
     scale = np.geomspace(1, 100, FEATURES, dtype=np.float32)
     for number in range(-(-rows // SHARD_ROWS)):
         generator = np.random.default_rng([1, number])
         count = min(SHARD_ROWS, rows - number * SHARD_ROWS)
         y = generator.integers(0, CLASSES, count)
         x = generator.standard_normal((count, FEATURES), dtype=np.float32)
-        yield number, (x + centres[y]) * scale + 10 * scale, y
+        yield number, (x + centers[y]) * scale + 10 * scale, y
 
 
 def write_parquet(folder: Path, number: int, x: np.ndarray, y: np.ndarray) -> None:

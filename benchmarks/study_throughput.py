@@ -3,7 +3,7 @@
     python benchmarks/study_throughput.py [--runs 24] [--repeats 3]
 
 The loop trains in this process, on one thread as the workers do, without joblib, files or progress. Both sides
-are timed in turn, and ratios of neighbours compared: a noisy machine disturbs neighbours alike. Starting the
+are timed in turn, and ratios of neighbors compared: a noisy machine disturbs neighbors alike. Starting the
 workers is part of a study and therefore of the time. Results are checked to be equal before any time counts.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.subgroups [--seeds 5]
 
 A joined batch of 256 whose statistics are those of slices of so many samples (`ghost_batch_size`) is, sample for
-sample, what ranks synchronised in groups of so many samples compute: one process shows what it does to the accuracy.
+sample, what ranks synchronized in groups of so many samples compute: one process shows what it does to the accuracy.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Forward and backward in float32 on the CPU. Within a round every contender runs once, in turn, so that what the
 machine does meanwhile falls on all alike; a row is a median of the rounds' ratios. Values are checked before anything
-is timed. Synchronised statistics have no row: in one process there is nothing to synchronise.
+is timed. Synchronized statistics have no row: in one process there is nothing to synchronize.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def page(lines: list[str], rounds: int) -> str:
 Forward and backward, float32, CPU: medians of {rounds} interleaved rounds, so ratios and no times. "Against plain" is
 variant ÷ plain layer of ours (for frozen: ÷ our layer in evaluation): 1.00 costs nothing. "Against the loop" is how
 many times faster than what people write instead, whose gradient was checked to be the same first. Images {IMAGES},
-sequences {SEQUENCES} (N, C, ·). Synchronised statistics have no row: one process has nothing to synchronise.
+sequences {SEQUENCES} (N, C, ·). Synchronized statistics have no row: one process has nothing to synchronize.
 
 | variant | against plain | target | against the loop | the loop |
 |---|---|---|---|---|

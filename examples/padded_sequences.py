@@ -50,7 +50,7 @@ def run(masked: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     digits = load_digits()
     x = torch.tensor(digits.images / 16.0, dtype=torch.float32)
-    x = (x - x.mean()) / x.std() + 1  # real data is not centred at the padding's value
+    x = (x - x.mean()) / x.std() + 1  # real data is not centered at the padding's value
     y = torch.tensor(digits.target)
     lengths = torch.randint(4, 9, (len(x),))
     net = Net(masked)

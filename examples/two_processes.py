@@ -1,4 +1,4 @@
-"""Two processes on CPU, one batch: synchronised statistics under DistributedDataParallel.
+"""Two processes on CPU, one batch: synchronized statistics under DistributedDataParallel.
 
 Each process holds 4 samples of a batch of 8. The parent starts two workers by torchrun's machinery (gloo, no GPU) and
 prints how far the joined outputs and the gradients are from one process with all 8: without and with `process_group`.

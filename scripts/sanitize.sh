@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the CPU kernels without torch under the sanitizers (address + undefined behaviour, then threads) and runs
+# Builds the CPU kernels without torch under the sanitizers (address + undefined behavior, then threads) and runs
 # their driver on every instruction set that the processor has. Any finding fails.
 set -eu
 cd "$(dirname "$0")/.."

@@ -39,7 +39,7 @@ def exact(tensor: Tensor | None, requires_grad: bool = True) -> Tensor | None:
     return tensor.detach().double().contiguous().clone().requires_grad_(requires_grad)
 
 
-def normalise(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     shape = (1, -1) + (1,) * (x.dim() - 2)
     return (x - mean.view(shape)) / torch.sqrt(var.view(shape) + eps)
 
@@ -76,7 +76,7 @@ def truth(
             var = (columns - mean[:, None]).square().mean(1)
         else:
             mean = var = columns.new_zeros(columns.size(0))
-        hats.append(normalise(piece, mean, var, eps))
+        hats.append(normalize(piece, mean, var, eps))
         means.append(mean.detach())
         variances.append(var.detach())
         counts.append(float(n))

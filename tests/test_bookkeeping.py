@@ -119,7 +119,7 @@ def test_skip_leaves_the_buffers_and_counts():
     assert layer.num_batches_skipped == 1
     assert list(layer.state_dict()) == list(plain.state_dict())
     plain(bad)
-    assert not plain.running_mean.isfinite().all()  # "propagate", torch's behaviour
+    assert not plain.running_mean.isfinite().all()  # "propagate", torch's behavior
     with pytest.raises(ValueError, match="nonfinite"):
         BatchNorm1d(3, nonfinite="ignore")
 

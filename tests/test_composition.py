@@ -1,7 +1,7 @@
 """Every keyword with every other: the table in docs/variants/README.md, executed.
 
-The reference is the composition written out: the moments of (slices of) the real positions, corrected towards the
-running statistics, in float64 and derived by autograd. The synchronised column runs in tests/distributed.
+The reference is the composition written out: the moments of (slices of) the real positions, corrected toward the
+running statistics, in float64 and derived by autograd. The synchronized column runs in tests/distributed.
 """
 
 import itertools

@@ -36,7 +36,7 @@ def test_every_pair_has_a_cell_and_every_letter_a_test():
     ]
     letters = {row[0] for row in rows if re.fullmatch("[a-z]", row[0])}
     columns = next(row for row in rows if row[0] == "" and "masked" in row)
-    names = ["synchronised", *columns[1:]]
+    names = ["synchronized", *columns[1:]]
     cells = {
         (row[0], column): cell for row in rows if row[0] in names for column, cell in zip(columns, row, strict=True)
     }

@@ -1,7 +1,7 @@
 """The pairs of docs/variants/README.md that tests/test_composition.py does not run: a variant under a way of running.
 
 Frozen, checkpointed (both modes, with and without autocast), compiled, exported, in the pure form, under vmap: each
-against the same layer run plainly. The synchronised row is in tests/distributed/sync_worker.py.
+against the same layer run plainly. The synchronized row is in tests/distributed/sync_worker.py.
 """
 
 import copy

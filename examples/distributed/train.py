@@ -1,4 +1,4 @@
-"""One network trained by any number of processes: DistributedDataParallel, synchronised statistics, checkpoints.
+"""One network trained by any number of processes: DistributedDataParallel, synchronized statistics, checkpoints.
 
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr HOST --master-port 29517 \
         examples/distributed/train.py --checkpoint digits.pt
@@ -34,7 +34,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="samples a step, of all processes together")
     parser.add_argument("--checkpoint", type=Path, help="read where it exists, written by the first process")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--own-statistics", action="store_true", help="each process normalises by its share alone")
+    parser.add_argument("--own-statistics", action="store_true", help="each process normalizes by its share alone")
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ import copy
 import torch
 from broken import data, network, report, train
 
-from batchnorm.surgery import recalibrate
+from batchnorm.model_tools import recalibrate
 
 
 def main() -> tuple[bool, bool]:

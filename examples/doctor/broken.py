@@ -16,12 +16,12 @@ Batches = list[tuple[Tensor, Tensor]]
 
 def data(batches: int, size: int = 64, seed: int = 0) -> Batches:
     """Four overlapping clusters that do not lie around zero."""
-    centres = 2.0 + torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(7))
+    centers = 2.0 + torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(batches):
         labels = torch.randint(CLASSES, (size,), generator=generator)
-        found.append((centres[labels] + torch.randn(size, FEATURES, generator=generator), labels))
+        found.append((centers[labels] + torch.randn(size, FEATURES, generator=generator), labels))
     return found
 
 

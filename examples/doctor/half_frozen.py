@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from broken import accuracy, data, network, report, train
 
-from batchnorm.surgery import freeze
+from batchnorm.model_tools import freeze
 
 
 def main() -> tuple[bool, bool]:

@@ -16,34 +16,34 @@ from .ops.extension import empty_cache
 if TYPE_CHECKING:
     from .doctor.examine import diagnose
     from .experiment.study import study
+    from .model_tools.convert import convert, revert
+    from .model_tools.fold import fold
+    from .model_tools.fold_onnx import fold_onnx
+    from .model_tools.freeze import freeze, unfreeze
+    from .model_tools.fuse import fuse
+    from .model_tools.insert import insert, strip
+    from .model_tools.params import copy_statistics, importance, param_groups
+    from .model_tools.recalibrate import recalibrate
     from .monitor import Monitor
-    from .surgery.convert import convert, revert
-    from .surgery.fold import fold
-    from .surgery.fold_onnx import fold_onnx
-    from .surgery.freeze import freeze, unfreeze
-    from .surgery.fuse import fuse
-    from .surgery.insert import insert, strip
-    from .surgery.params import copy_statistics, importance, param_groups
-    from .surgery.recalibrate import recalibrate
 
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
     "Monitor": ".monitor",
-    "convert": ".surgery",
-    "copy_statistics": ".surgery",
+    "convert": ".model_tools",
+    "copy_statistics": ".model_tools",
     "diagnose": ".doctor",
-    "fold": ".surgery",
-    "fold_onnx": ".surgery",
-    "freeze": ".surgery",
-    "fuse": ".surgery",
-    "importance": ".surgery",
-    "insert": ".surgery",
-    "param_groups": ".surgery",
-    "recalibrate": ".surgery",
-    "revert": ".surgery",
-    "strip": ".surgery",
+    "fold": ".model_tools",
+    "fold_onnx": ".model_tools",
+    "freeze": ".model_tools",
+    "fuse": ".model_tools",
+    "importance": ".model_tools",
+    "insert": ".model_tools",
+    "param_groups": ".model_tools",
+    "recalibrate": ".model_tools",
+    "revert": ".model_tools",
+    "strip": ".model_tools",
     "study": ".experiment.study",
-    "unfreeze": ".surgery",
+    "unfreeze": ".model_tools",
 }
 
 __all__ = [

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import checks
+from . import validation
 from .moments import (
     Moments,
     ProcessGroupLike,
@@ -128,7 +128,7 @@ def recomputing() -> bool:
 
 def run(call: Call) -> Tensor:
     """The call, and the update of its buffers, by the table."""
-    checks.check_momentum(call.momentum, call.batch_statistics, call.running_mean, call.num_batches_tracked)
+    validation.check_momentum(call.momentum, call.batch_statistics, call.running_mean, call.num_batches_tracked)
     where = where_we_run()
     if where is Where.TRANSFORMED and _torch_has(call):
         return _through_torch(call)
@@ -155,10 +155,10 @@ def _with_update(call: Call) -> Tensor:
 
 def _check(call: Call, synchronized: bool) -> None:
     input, training = call.input, call.batch_statistics
-    checks.check_residual(input, call.residual)
-    checks.check_input(input, training, call.form.eps, call.form.slice_size or None, synchronized)
-    checks.check_buffers(call.running_mean, call.running_var, training)
-    checks.check_vectors(input, call.running_mean, call.running_var, call.weight, call.bias)
+    validation.check_residual(input, call.residual)
+    validation.check_input(input, training, call.form.eps, call.form.slice_size or None, synchronized)
+    validation.check_buffers(call.running_mean, call.running_var, training)
+    validation.check_vectors(input, call.running_mean, call.running_var, call.weight, call.bias)
 
 
 def normalize(call: Call) -> tuple[Tensor, Moments | None]:
@@ -177,7 +177,7 @@ def normalize(call: Call) -> tuple[Tensor, Moments | None]:
     against = None
     if call.renorm is not None:
         if call.running_mean is None or call.running_var is None:
-            raise ValueError("renorm corrects towards the running statistics: give running_mean and running_var")
+            raise ValueError("renorm corrects toward the running statistics: give running_mean and running_var")
         against = Reference(call.running_mean, call.running_var, call.renorm.bounds(call.num_batches_tracked))
     if where_we_run() is Where.TRANSFORMED:
         return differentiable_batch_norm(*tensors, call.form, group, against)
@@ -212,7 +212,7 @@ def _torch_has(call: Call) -> bool:
 
 def _through_torch(call: Call) -> Tensor:
     """The plain layer in torch's operators, which every tool knows."""
-    checks.check_residual(call.input, call.residual)
+    validation.check_residual(call.input, call.residual)
     if call.batch_statistics and call.running_mean is not None and call.num_batches_tracked is not None:
         call.num_batches_tracked.add_(1)
     out = F.batch_norm(

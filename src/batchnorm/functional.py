@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import checks
+from . import validation
 from .execution import Call, channels_second, normalize, run
 from .moments import lengths_to_mask
 from .ops import Form, fused
@@ -36,7 +36,7 @@ def batch_norm(
     inplace: bool = False,
     **options: Any,
 ) -> Tensor:
-    r"""Normalise each channel over the batch, then scale, shift, add a residual and activate, in one operator.
+    r"""Normalize each channel over the batch, then scale, shift, add a residual and activate, in one operator.
 
     .. math:: y = \mathrm{activation}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta + r\right)
 
@@ -58,8 +58,8 @@ def batch_norm(
         residual: added before the activation; the input's shape and dtype.
         mask: bool, True = a real position; the input's shape without the channel axis, or with size 1 there,
             broadcastable. Masked positions take no part in the statistics and receive no gradient through them; they
-            are still normalised, and may hold NaN.
-        ghost_batch_size: normalise slices of this many samples by their own statistics; the last may be shorter.
+            are still normalized, and may hold NaN.
+        ghost_batch_size: normalize slices of this many samples by their own statistics; the last may be shorter.
             The buffers move once, by the slices' pooled mean and variance.
         renorm: batch renormalization, see `Renorm`; needs the buffers.
         process_group: "world" or a ``torch.distributed`` group: the moments of the joined batch of all its ranks,
@@ -92,7 +92,7 @@ def batch_norm(
             activation=activation, residual=residual, mask=mask, negative_slope=negative_slope,
             num_batches_tracked=num_batches_tracked, inplace=inplace, **options,
         )  # fmt: skip
-    checks.check_activation(activation)
+    validation.check_activation(activation)
     chosen = make_options("batch_norm", options, allowed=CALL_OPTIONS) if options else DEFAULTS
     if chosen.feature_axis != 1:
         input, residual, mask = channels_second(chosen.feature_axis, input, residual, mask)
@@ -134,7 +134,7 @@ def batch_norm_pure(
     For `torch.func`: under ``vmap`` each member gets buffers of its own; ``jacrev`` and ``functional_call`` see a
     function. All other keywords are those of `batch_norm`; shapes, errors and formula too.
     """
-    checks.check_activation(activation)
+    validation.check_activation(activation)
     chosen: Options = make_options("batch_norm_pure", options, allowed=CALL_OPTIONS)
     axis = chosen.feature_axis
     if axis != 1:

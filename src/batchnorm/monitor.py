@@ -225,7 +225,7 @@ class Monitor:
 
 
 def _percentiles(values: Tensor) -> list[float]:
-    """With linear interpolation, as `torch.quantile`, which sorts: selecting the neighbours takes a fourth of it."""
+    """With linear interpolation, as `torch.quantile`, which sorts: selecting the neighbors takes a fourth of it."""
     kept = values[:: max(1, values.numel() // _VALUES)].float()
     found = []
     for percentile in PERCENTILES:

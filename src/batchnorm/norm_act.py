@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from . import checks
+from . import validation
 from .layer_call import run_layer
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormBase, refuse_scripting
 from .options import NAMES, make_options, shows_options
@@ -42,7 +42,7 @@ class BatchNormActBase(nn.Module):
         inplace: bool = False,
         **options: Any,
     ) -> None:
-        checks.check_activation(activation)
+        validation.check_activation(activation)
         make_options(type(self).__name__, options)  # refused by this class's name
         super().__init__()
         self.norm = self.norm_type(
@@ -79,7 +79,7 @@ class BatchNormActBase(nn.Module):
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, domain: int | Tensor | None
     ) -> Tensor:
         if not isinstance(input, _PROXY):
-            checks.check_residual(input, residual)
+            validation.check_residual(input, residual)
         given = {name: value for name, value in (("mask", mask), ("domain", domain)) if value is not None}
         out = self.norm(input, **given)  # what stands there may take the input alone
         return self.act(out if residual is None else out + residual)

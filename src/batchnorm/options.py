@@ -52,7 +52,7 @@ class Options:
     def check_layer(self, tracked: bool, affine: bool) -> None:
         """Refuse what a layer without running statistics, or without weight and bias, cannot do."""
         if self.renorm is not None and not tracked:
-            raise ValueError("renorm corrects towards the running statistics: it needs track_running_stats=True")
+            raise ValueError("renorm corrects toward the running statistics: it needs track_running_stats=True")
         if self.accumulation_steps > 1 and not tracked:
             raise ValueError("accumulation_steps moves the running statistics: it needs track_running_stats=True")
         if self.domain_affine and not affine:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm
-from batchnorm.surgery import convert, freeze, recalibrate
+from batchnorm.model_tools import convert, freeze, recalibrate
 from tests.doctor.faults import Call, data, norms, trained
 from tests.doctor.nets import CLASSES, NETS, Net, TwoHeads, batches_for, train
 
@@ -203,5 +203,5 @@ def _lazy() -> nn.Module:
 
 def _groups() -> Call:
     model = copy.deepcopy(NETS["residual"].make())
-    groups: list[Any] = batchnorm.surgery.param_groups(model, 0.01)
+    groups: list[Any] = batchnorm.model_tools.param_groups(model, 0.01)
     return {"model": model, "optimizer": torch.optim.SGD(groups, 0.1), "batches": data(NETS["residual"], 4)}

@@ -110,18 +110,18 @@ class Functional(nn.Module):
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.ones(24)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(24)))
 
-    def normalised(self, x: Tensor, name: str) -> Tensor:
+    def normalized(self, x: Tensor, name: str) -> Tensor:
         mean, var, weight, bias = (getattr(self, f"{name}_{part}") for part in ("mean", "var", "weight", "bias"))
         return F.relu(F.batch_norm(x, mean, var, weight, bias, training=self.training, momentum=0.1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.normalised(self.first(x), "first")
-        x = self.normalised(self.second(x), "second")
+        x = self.normalized(self.first(x), "first")
+        x = self.normalized(self.second(x), "second")
         return self.head(F.dropout(x, 0.5, self.training))
 
 
 def discriminator() -> nn.Module:
-    """As DCGAN's, with its initialisation."""
+    """As DCGAN's, with its initialization."""
     model = nn.Sequential(
         conv(3, 16, 4, 2), nn.LeakyReLU(0.2), conv(16, 32, 4, 2), nn.BatchNorm2d(32), nn.LeakyReLU(0.2),
         nn.Flatten(), nn.LazyLinear(CLASSES),
@@ -234,11 +234,11 @@ NETS = {
 def batches_for(net: Net, count: int, size: int, seed: int = 0, spread: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     """Samples of `CLASSES` overlapping clusters, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, *net.shape, generator=torch.Generator().manual_seed(7)) * spread
+    centers = torch.randn(CLASSES, *net.shape, generator=torch.Generator().manual_seed(7)) * spread
     found = []
     for _ in range(count):
         labels = torch.randint(CLASSES, (size,), generator=generator)
-        found.append((centres[labels] + torch.randn(size, *net.shape, generator=generator), labels))
+        found.append((centers[labels] + torch.randn(size, *net.shape, generator=generator), labels))
     return found
 
 

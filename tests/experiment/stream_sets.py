@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 ROWS = 600
 Y = np.random.default_rng(1).permutation(np.arange(ROWS) % 3)
-# The first feature is the row's number, by which a drawn sample is known again; the others are far from standardised.
+# The first feature is the row's number, by which a drawn sample is known again; the others are far from standardized.
 X = np.column_stack([np.arange(ROWS), np.random.default_rng(2).normal(1e4, 3, (ROWS, 3)) + Y[:, None]])
 
 

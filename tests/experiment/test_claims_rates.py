@@ -158,7 +158,7 @@ def _train(lr: torch.Tensor, decay: torch.Tensor, dropout: torch.Tensor) -> pd.D
         back = error @ weights[1].mT * keep * hidden * (1 - hidden)
         slopes = [inputs.mT @ back, kept.mT @ error, back.sum(1, True), error.sum(1, True)]
         weights = [w - lr[:, None, None] * (g + decay[:, None, None] * w) for w, g in zip(weights, slopes, strict=True)]
-    return _summarise(measured)
+    return _summarize(measured)
 
 
 def _measure(
@@ -173,7 +173,7 @@ def _measure(
             measured["percentiles"].append(ranks[:, (15, 50, 85)].mT)
 
 
-def _summarise(measured: dict[str, list[torch.Tensor]]) -> pd.DataFrame:
+def _summarize(measured: dict[str, list[torch.Tensor]]) -> pd.DataFrame:
     curve = torch.stack(measured["val_accuracy"], 1).double().numpy()
     test = torch.stack(measured["test_accuracy"], 1).double().numpy()
     best = curve.argmax(1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchnorm.errors import UserError
-from batchnorm.experiment.data import PARTS, load, split, standardise
+from batchnorm.experiment.data import PARTS, load, split, standardize
 from batchnorm.experiment.readers import read
 
 
@@ -42,32 +42,32 @@ def test_split_depends_on_the_seed_alone() -> None:
     assert not np.array_equal(split(y, 1)["test"], split(y, 2)["test"])
 
 
-def test_held_out_parts_take_no_part_in_the_standardisation() -> None:
+def test_held_out_parts_take_no_part_in_the_standardization() -> None:
     generator = np.random.default_rng(0)
     x = {part: generator.normal(5, 2, (50, 3)) for part in PARTS}
-    before = standardise(x, "x")
+    before = standardize(x, "x")
     np.testing.assert_allclose(before["train"].mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(before["train"].std(0), 1, atol=1e-6)
     moved = {**x, "test": x["test"] * 1e6, "validation": x["validation"] - 1e3}
-    after = standardise(moved, "x")
+    after = standardize(moved, "x")
     np.testing.assert_array_equal(after["train"], before["train"])
     mean, sd = x["train"].mean(0), x["train"].std(0)
     np.testing.assert_allclose(after["test"], (moved["test"] - mean) / sd, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e9 / 3])
-def test_a_constant_feature_is_centred_and_not_blown_up(value: float) -> None:
+def test_a_constant_feature_is_centered_and_not_blown_up(value: float) -> None:
     x = {part: np.full((30, 2), value) for part in PARTS}
     x["test"][0] = value + 2
-    out = standardise(x, "x")
+    out = standardize(x, "x")
     assert np.abs(out["train"]).max() <= 1e-6 * max(1, value)
     assert out["test"][0, 0] == pytest.approx(2, rel=1e-6)
 
 
-def test_images_are_standardised_per_channel() -> None:
+def test_images_are_standardized_per_channel() -> None:
     generator = np.random.default_rng(0)
     x = generator.normal(size=(40, 2, 5, 5)) * np.array([1, 50]).reshape(1, 2, 1, 1)
-    out = standardise(dict.fromkeys(PARTS, x), "x")["train"]
+    out = standardize(dict.fromkeys(PARTS, x), "x")["train"]
     np.testing.assert_allclose(out.std(axis=(0, 2, 3)), 1, rtol=1e-5)
 
 
@@ -106,11 +106,11 @@ def test_images_come_out_at_one_size(tmp_path: Path, mode: str) -> None:
         (tmp_path / label).mkdir()
         for k in range(4):
             shape = (10 + k, 12) if mode != "RGB" else (10 + k, 12, 3)
-            grey = generator.integers(0, 255, shape, np.uint8)
+            gray = generator.integers(0, 255, shape, np.uint8)
             if mode == "I;16":
-                image = Image.fromarray(grey.astype(np.uint16) * 257)
+                image = Image.fromarray(gray.astype(np.uint16) * 257)
             else:
-                image = Image.fromarray(grey).convert(mode)
+                image = Image.fromarray(gray).convert(mode)
             image.save(tmp_path / label / f"{k}.png")
     (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
     samples = read(str(tmp_path))

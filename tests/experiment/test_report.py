@@ -287,7 +287,7 @@ MISSING = {
     "one seed": (lambda: fake_study(seeds=1), "Verdicts"),
     "all diverged": (_all_diverged, "Not measurable"),
     "no traces": (_no_traces, "traces are missing"),
-    "no layers with γ": (lambda: fake_study(("none", "batch_no_affine")), "No arm of this study learnt γ or β"),
+    "no layers with γ": (lambda: fake_study(("none", "batch_no_affine")), "No arm of this study learned γ or β"),
     "censored": (_censored, "4 censored"),
     "nothing at all": (_bare, "The study made no claims"),
     "no numbers": (_broken_numbers, "Not measurable"),

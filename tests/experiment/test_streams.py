@@ -136,8 +136,8 @@ def test_the_split_is_by_the_rows_number_and_the_seed() -> None:
     for part, share in ((TRAIN, 0.7), (VALIDATION, 0.2), (TEST, 0.1)):
         assert (parts == part).mean() == pytest.approx(share, abs=0.005)  # five standard errors
     assert (parts != parts_of(rows, 1, 0.2, 0.1)).mean() == pytest.approx(1 - 0.7**2 - 0.2**2 - 0.1**2, abs=0.006)
-    neighbours = np.corrcoef(parts[:-1] == TEST, parts[1:] == TEST)[0, 1]
-    assert abs(neighbours) < 0.012
+    neighbors = np.corrcoef(parts[:-1] == TEST, parts[1:] == TEST)[0, 1]
+    assert abs(neighbors) < 0.012
 
 
 @given(
@@ -217,10 +217,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.usefixtures("_all_large")
 def test_image_folders_are_decoded_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
-    for label, grey in (("cat", 60), ("dog", 160)):
+    for label, gray in (("cat", 60), ("dog", 160)):
         (tmp_path / label).mkdir()
         for k in range(30):
-            pixels = generator.integers(grey, grey + 60, (9 + k % 3, 12, 3), np.uint8)
+            pixels = generator.integers(gray, gray + 60, (9 + k % 3, 12, 3), np.uint8)
             image = Image.fromarray(pixels).rotate(90, expand=True) if k == 5 else Image.fromarray(pixels)
             exif = Image.Exif()
             exif[0x0112] = 6 if k == 5 else 1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.surgery.foreign_act import ForeignNormAct
+from batchnorm.model_tools.foreign_act import ForeignNormAct
 
 from .nets import assert_same, left_by, stir
 from .stubs import import_timm

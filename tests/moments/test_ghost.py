@@ -12,7 +12,7 @@ from tests.oracle import close, truth
 
 
 @given(st.integers(2, 13), st.integers(1, 14), st.sampled_from([(), (3,), (2, 4)]))
-def test_each_slice_is_normalised_apart(samples, ghost, spatial):
+def test_each_slice_is_normalized_apart(samples, ghost, spatial):
     x = torch.randn(samples, 3, *spatial)
     if min(samples, ghost) * x[0, 0].numel() == 1:
         return

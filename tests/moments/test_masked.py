@@ -1,4 +1,4 @@
-"""Masked statistics: padding takes no part, may hold anything, and is still normalised."""
+"""Masked statistics: padding takes no part, may hold anything, and is still normalized."""
 
 import pytest
 import torch

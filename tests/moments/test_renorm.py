@@ -47,7 +47,7 @@ def test_bounds_of_one_and_zero_are_batch_normalization():
         torch.testing.assert_close(a, b)
 
 
-def test_training_normalises_as_evaluation_where_the_bounds_allow():
+def test_training_normalizes_as_evaluation_where_the_bounds_allow():
     layer = BatchNorm1d(3, renorm=Renorm(100.0, 100.0))
     x = torch.randn(16, 3)
     evaluated = copy.deepcopy(layer).eval()(x)
@@ -62,7 +62,7 @@ def test_the_schedule():
     assert Renorm(2.0, 1.0).bounds(None) == (2.0, 1.0)
     layer = BatchNorm1d(3, renorm=Renorm(3.0, 5.0, (2, 4), (2, 4)))
     plain = BatchNorm1d(3)
-    for step in range(4):  # two steps of plain normalisation, then corrections
+    for step in range(4):  # two steps of plain normalization, then corrections
         x = torch.randn(16, 3) * 3 + 2
         same = torch.allclose(layer(x), plain(x), atol=1e-5)
         assert same == (step < 3)

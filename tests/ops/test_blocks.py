@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not extension.LOADED, reason="the extension was 
 SHAPE = (8, 32, 40, 40)  # 1.6 MB
 
 
-def normalised(seed: int) -> Tensor:
+def normalized(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SHAPE, generator=generator)
     return torch.ops.batchnorm.forward(x, None, None, None, None, 1e-5, "", 0.0, 0)[0]
@@ -26,28 +26,28 @@ def normalised(seed: int) -> Tensor:
 
 def test_a_freed_output_serves_the_next() -> None:
     batchnorm.empty_cache()
-    first = normalised(0)
+    first = normalized(0)
     place = first.data_ptr()
     del first
     gc.collect()
-    assert normalised(1).data_ptr() == place
+    assert normalized(1).data_ptr() == place
 
 
 def test_living_outputs_never_share_memory() -> None:
-    kept = [normalised(seed) for seed in range(6)]
+    kept = [normalized(seed) for seed in range(6)]
     views = [kept.pop(0)[1:3, :, ::2].transpose(0, 1) for _ in range(2)]  # the views keep their blocks
-    later = [normalised(seed) for seed in range(6, 9)]
+    later = [normalized(seed) for seed in range(6, 9)]
     for seed, out in zip((2, 3, 4, 5, 6, 7, 8), (*kept, *later), strict=True):
-        assert torch.equal(out, normalised(seed))
+        assert torch.equal(out, normalized(seed))
     for seed, view in enumerate(views):
-        assert torch.equal(view, normalised(seed)[1:3, :, ::2].transpose(0, 1))
+        assert torch.equal(view, normalized(seed)[1:3, :, ::2].transpose(0, 1))
     blocks = {out.data_ptr() for out in (*kept, *later)}
     assert len(blocks) == 7
 
 
 def test_empty_cache_gives_idle_memory_back_and_leaves_the_living() -> None:
     batchnorm.empty_cache()
-    living, dead = normalised(0), normalised(1)
+    living, dead = normalized(0), normalized(1)
     want, size = living.clone(), dead.numel() * 4
     del dead
     assert size <= batchnorm.empty_cache() < 2 * size
@@ -59,9 +59,9 @@ def test_blocks_are_freed_in_any_thread() -> None:
     wrong: list[int] = []
 
     def work(first: int) -> None:
-        wrong.extend(seed for seed in range(first, first + 8) if not torch.equal(normalised(seed), expected[seed]))
+        wrong.extend(seed for seed in range(first, first + 8) if not torch.equal(normalized(seed), expected[seed]))
 
-    expected = [normalised(seed).clone() for seed in range(24)]
+    expected = [normalized(seed).clone() for seed in range(24)]
     threads = [threading.Thread(target=work, args=(8 * i,)) for i in range(3)]
     for thread in threads:
         thread.start()
@@ -72,7 +72,7 @@ def test_blocks_are_freed_in_any_thread() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_blocks_of_its_own() -> None:
-    out = normalised(0)
+    out = normalized(0)
     want = out.clone()
     del out  # idle in both processes: the child writes to its copy
     reader, writer = os.pipe()
@@ -85,4 +85,4 @@ def test_a_forked_child_has_blocks_of_its_own() -> None:
     os.waitpid(child, 0)
     os.close(reader)
     os.close(writer)
-    assert torch.equal(normalised(0), want)
+    assert torch.equal(normalized(0), want)

@@ -185,7 +185,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def test_synchronised_over_nccl(one_rank):
+def test_synchronized_over_nccl(one_rank):
     shape = (8, 32, 20, 20)
     layer = block(shape, process_group=one_rank)
     twin = block(shape)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import batchnorm
-from batchnorm import BatchNorm1d, checks
+from batchnorm import BatchNorm1d, validation
 from batchnorm.ops import extension
 from tests.ops.training import COMPILED
 
@@ -85,9 +85,9 @@ def variants():
 
 def refused(x, mean, var, weight, bias, eps, slice_size):
     try:
-        checks.check_input(x, True, eps, slice_size or None, synchronized=False)
-        checks.check_buffers(mean, var, True)
-        checks.check_vectors(x, mean, var, weight, bias)
+        validation.check_input(x, True, eps, slice_size or None, synchronized=False)
+        validation.check_buffers(mean, var, True)
+        validation.check_vectors(x, mean, var, weight, bias)
     except (RuntimeError, ValueError, NotImplementedError):
         return True
     return False

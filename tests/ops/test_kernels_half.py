@@ -1,4 +1,4 @@
-"""16-bit data in the compiled kernels: moments without a shift, bfloat16 taken two neighbours at a time."""
+"""16-bit data in the compiled kernels: moments without a shift, bfloat16 taken two neighbors at a time."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_bfloat16_is_rounded_as_torch_rounds(channels: int, length: int, layout:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(2, channels, length, generator=generator) * 2.0**exponent
     x = arranged(numbers.to(torch.bfloat16), layout)
-    # few bits, so that many products lie in the middle between two neighbours
+    # few bits, so that many products lie in the middle between two neighbors
     weight = torch.randint(1, 512, (channels,), generator=generator) / 256.0
     zeros = torch.zeros(channels, dtype=torch.float64)
     out = ops.apply(x, zeros, zeros + 1, weight, None, None, 0.0, "", 0.0, 0)

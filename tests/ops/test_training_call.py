@@ -1,4 +1,4 @@
-"""The training call from Python and from C++ (csrc/autograd): one behaviour, held in both."""
+"""The training call from Python and from C++ (csrc/autograd): one behavior, held in both."""
 
 import gc
 import threading

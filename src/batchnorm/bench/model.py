@@ -30,7 +30,7 @@ def model_step(
     Raises:
         UserError: the network does not run on the example, or has no batch normalization.
     """
-    from ..surgery import convert
+    from ..model_tools import convert
 
     if layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UserError
-from ..surgery.freeze import freeze
-from ..surgery.recalibrate import recalibrate
+from ..model_tools.freeze import freeze
+from ..model_tools.recalibrate import recalibrate
 from .diagnosis import Diagnosis, Finding, shown
 from .examine import diagnose
 from .facts.batches import MOST_BATCHES, as_batch

@@ -1,4 +1,4 @@
-"""From a name or a path to three standardised parts: load, check, split, standardise.
+"""From a name or a path to three standardized parts: load, check, split, standardize.
 
 What is too large to be held whole is streamed instead (`streams/`). The split is stratified and fixed by the study's
 base seed, so every arm and every seed sees the same samples in the same parts. Means and standard deviations come from
@@ -39,7 +39,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples split and standardised: `x[part]` float32 (n, *shape), `y[part]` int64 class numbers (n,)."""
+    """Samples split and standardized: `x[part]` float32 (n, *shape), `y[part]` int64 class numbers (n,)."""
 
     name: str
     x: dict[str, np.ndarray]
@@ -137,7 +137,7 @@ def map_arrays(folder: Path, stem: str, parts: tuple[str, ...]) -> dict[str, np.
 
 
 def load(source: str, base_seed: int = 0, progress: TextIO | None = None) -> Dataset:
-    """Returns the data set that `--data` names, checked, split and standardised.
+    """Returns the data set that `--data` names, checked, split and standardized.
 
     Args:
         source: whatever `--data` takes (`readers.find`).
@@ -156,7 +156,7 @@ def load(source: str, base_seed: int = 0, progress: TextIO | None = None) -> Dat
         return survey(samples, base_seed, progress)
     labels, y = _number_labels(samples)
     parts = split(y, base_seed)
-    x = standardise({part: samples.x[index] for part, index in parts.items()}, samples.name)
+    x = standardize({part: samples.x[index] for part, index in parts.items()}, samples.name)
     return Dataset(samples.name, x, {part: y[index] for part, index in parts.items()}, labels)
 
 
@@ -217,12 +217,12 @@ def split(y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {part: generator.permutation(np.concatenate(members)) for part, members in picked.items()}
 
 
-def standardise(x: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def standardize(x: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """Returns every part as float32 (x − mean)/sd, mean and sd those of the training part.
 
     One mean and sd a feature for flat samples, one a channel for (C, H, W) and deeper, one in all for (H, W):
     single pixels at an image's rim hardly vary, and dividing by their own sd would turn noise into outliers.
-    What does not vary in the training part is only centred.
+    What does not vary in the training part is only centered.
 
     Raises:
         UserError: values too large for their variance to be represented.
@@ -247,7 +247,7 @@ def usable_spread(mean: np.ndarray, sd: np.ndarray, name: str) -> np.ndarray:
     import numpy as np
 
     if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
-        raise UserError(f"values too large to standardise, {name}, scale the features down")
+        raise UserError(f"values too large to standardize, {name}, scale the features down")
     # A constant feature's sd is rounding error, not spread: a few ulps of its mean.
     sd = np.where(sd <= 1e-12 * np.abs(mean), 1.0, sd)
     return np.where(sd == 0, 1.0, sd)

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 # Beyond this a study of some two hundred trainings on a CPU would take days.
 MOST_PIXELS_A_SIDE = 64
 _GREY_MODES = {"1", "L", "LA"}
-# Grey modes deeper than 8 bits, which Pillow would clip at 255 on the way to "L": the value that means white.
+# Gray modes deeper than 8 bits, which Pillow would clip at 255 on the way to "L": the value that means white.
 _DEEP_MODES = {"I": 65535, "I;16": 65535, "I;16B": 65535, "F": 1}
 # EXIF's tag for how a camera was held, and its values for a quarter turn.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 
 def read_images(folder: Path) -> Samples:
-    """Returns every image of a folder as float32 (n, C, H, W), labelled by its subfolder's name.
+    """Returns every image of a folder as float32 (n, C, H, W), labeled by its subfolder's name.
 
     All are brought to one size: the median height and width, at most 64 pixels a side. C is 1 when every image
-    is grey, else 3. Hidden files are passed over.
+    is gray, else 3. Hidden files are passed over.
 
     Raises:
         UserError: no subfolders, an empty one, or a file that is no image.
@@ -92,10 +92,10 @@ def _shape_of(path: Path) -> tuple[int, ...]:
             with Image.open(path) as image:
                 turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
                 width, height = image.size[::-1] if turned else image.size
-                coloured = image.mode not in _GREY_MODES and image.mode not in _DEEP_MODES
+                colored = image.mode not in _GREY_MODES and image.mode not in _DEEP_MODES
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         raise _unreadable(path, error) from error
-    return (height, width, 3) if coloured else (height, width)
+    return (height, width, 3) if colored else (height, width)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -103,7 +103,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _open(path: Path) -> np.ndarray:
-    """Returns one image as float32 (H, W), or (H, W, 3) when it has colours; 0…1 for the usual 8 bits."""
+    """Returns one image as float32 (H, W), or (H, W, 3) when it has colors; 0…1 for the usual 8 bits."""
     import numpy as np
     from PIL import Image, ImageOps
 

@@ -54,7 +54,7 @@ class Sample:
     def variance(self) -> float:
         """Variance of one value, pooled over the groups; never under (resolution / 2)².
 
-        Seeds that tie on a lattice are not without noise: a value that falls on one of two neighbouring
+        Seeds that tie on a lattice are not without noise: a value that falls on one of two neighboring
         lattice points has a standard deviation of up to half the step, and that is the floor.
         """
         groups = [group for group in (self.values, *self.lenders) if len(group) > 1]
@@ -132,11 +132,11 @@ class CensoredSample:
 
     def most_likely(self) -> tuple[float, float]:
         """Mean and standard deviation of the maximum of the likelihood (Tobit; Cohen 1959)."""
-        centre = float(np.mean(self.seen))
+        center = float(np.mean(self.seen))
         if not self.hidden:
-            return centre, self.best_sd(centre)
-        reach = (self.limit - centre) + max(self.best_sd(centre), self.floor)
-        bounds = (centre, self.limit + 8 * reach * (1 + self.hidden / len(self.seen)))
+            return center, self.best_sd(center)
+        reach = (self.limit - center) + max(self.best_sd(center), self.floor)
+        bounds = (center, self.limit + 8 * reach * (1 + self.hidden / len(self.seen)))
         found = optimize.minimize_scalar(lambda m: -self.profile(m), bounds=bounds, method="bounded")
         return float(found.x), self.best_sd(float(found.x))
 
@@ -170,7 +170,7 @@ class CensoredSample:
         """(mean, low, inf) for an arm of which at most one value is seen; the spread is the other arm's.
 
         If h of n values hide beyond the limit, the chance of hiding is at least q (Clopper & Pearson 1934), and
-        the arm's centre lies above limit − sd·z(1−q), z by Student's law because sd is the other arm's estimate.
+        the arm's center lies above limit − sd·z(1−q), z by Student's law because sd is the other arm's estimate.
         """
         q = float(stats.beta.ppf(1 - _TAIL, self.hidden, len(self.seen) + 1))
         sd = max(float(np.std(other.seen, ddof=1)), other.floor)

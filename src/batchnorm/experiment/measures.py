@@ -46,7 +46,7 @@ def drift_of_run(values: ArrayLike) -> float:
 def decades_within(lrs: ArrayLike, accuracies: ArrayLike, chance: float = 0.0) -> float:
     """Decades of learning rate at which the accuracy is within two points of the largest one of the grid.
 
-    The accuracy is drawn straight between neighbours over log10(lr); all stretches over the threshold count,
+    The accuracy is drawn straight between neighbors over log10(lr); all stretches over the threshold count,
     so that one unlucky run in the middle costs its own surroundings and not all that lies behind it.
 
     Args:

@@ -16,8 +16,8 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import UserError, quote_error
-from batchnorm.surgery.insert import Normalized
-from batchnorm.surgery.kinds import spatial_dims
+from batchnorm.model_tools.insert import Normalized
+from batchnorm.model_tools.kinds import spatial_dims
 
 ARMS = ("none", "batch", "batch_no_affine", "ghost", "renorm", "layer", "group", "instance")
 BUILT_IN = ("mlp", "cnn")
@@ -33,7 +33,7 @@ class Architecture:
     batch_size: int
 
     def build(self, arm: str, seed: int) -> nn.Module:
-        """Returns the network of an arm, initialised from `seed`; equal weights in every arm of one seed.
+        """Returns the network of an arm, initialized from `seed`; equal weights in every arm of one seed.
 
         Raises:
             UserError: the factory fails or returns no Module, or the arm cannot be made from this network.
@@ -105,7 +105,7 @@ def mlp(shape: tuple[int, ...], classes: int) -> nn.Sequential:
 def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Returns a small convolutional network: 3×3 convolutions of 16, 32, 32 and 64 maps, ReLU, mean over positions.
 
-    Made for 8×8 to 32×32 pixels, works on any size. He initialisation, the one derived for ReLU.
+    Made for 8×8 to 32×32 pixels, works on any size. He initialization, the one derived for ReLU.
 
     Raises:
         UserError: samples that are no images, (H, W) or (C, H, W).

@@ -30,7 +30,7 @@ from batchnorm.experiment.progress import ProgressView
 from batchnorm.experiment.record import COLUMNS, Record
 from batchnorm.experiment.report import write_report
 from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
-from batchnorm.experiment.summary import Outcome, command_line, summarise
+from batchnorm.experiment.summary import Outcome, command_line, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def study(
         prepared.plan, prepared.factors, data=data, model=model, out=str(out), quick=quick, own_lrs=own_lrs,
         own_size=sizes is not None,
     )  # fmt: skip
-    summary = summarise(prepared, outcome, command, time.monotonic() - started)
+    summary = summarize(prepared, outcome, command, time.monotonic() - started)
     with record.writing():
         record.rewrite(rows)
         record.write_summary(summary)

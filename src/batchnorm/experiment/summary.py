@@ -28,7 +28,7 @@ class Outcome:
     claims: dict[str, Claim]
 
 
-def summarise(study: Prepared, outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
+def summarize(study: Prepared, outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
     """Returns summary.json. Where there are factors, it times what an update costs at each of their levels.
 
     Args:

@@ -21,7 +21,7 @@ from batchnorm.experiment.measures import drift_of_run
 from batchnorm.experiment.networks import Architecture
 from batchnorm.experiment.plan import Run
 from batchnorm.experiment.probe import Probe, affine_parameters, as_evaluated, trace_calls
-from batchnorm.surgery.kinds import is_layer
+from batchnorm.model_tools.kinds import is_layer
 
 EVALUATIONS = 40
 _EVALUATION_BATCH = 1024
@@ -47,7 +47,7 @@ class History:
 def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the row and the trace of one run; `steps_to_target` is left empty, for it needs the other runs.
 
-    Deterministic: the seed sets the initialisation and, apart from it, the order of the batches and the
+    Deterministic: the seed sets the initialization and, apart from it, the order of the batches and the
     dropout masks. A loss or a network that is no longer finite ends the run as diverged, which is a result:
     its accuracies are then those of always answering the most frequent class.
     """

@@ -1,4 +1,4 @@
-"""Batch renormalization: training normalises as evaluation will, to within clipped corrections r and d."""
+"""Batch renormalization: training normalizes as evaluation will, to within clipped corrections r and d."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Renorm:
         return cls(3.0, 5.0, (5_000, 40_000), (5_000, 25_000))
 
     def bounds(self, step: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
-        """(r_max, d_max) at a step; on the step's device, without a synchronisation."""
+        """(r_max, d_max) at a step; on the step's device, without a synchronization."""
         return (
             1.0 + (self.r_max - 1.0) * _progress(step, self.r_steps),
             self.d_max * _progress(step, self.d_steps),
@@ -83,16 +83,16 @@ def corrections(
     return r, d
 
 
-def renormalise(mean: Tensor, var: Tensor, r: Tensor, d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The moments with which plain normalisation gives x̂·r + d: μ − dσ/r, and a variance of σ²/r² (with its ε)."""
+def renormalize(mean: Tensor, var: Tensor, r: Tensor, d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The moments with which plain normalization gives x̂·r + d: μ − dσ/r, and a variance of σ²/r² (with its ε)."""
     total = var + eps
     return mean - d * total.sqrt() / r, total / r.square() - eps
 
 
-def renormalise_adjoint(
+def renormalize_adjoint(
     sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, r: Tensor, d: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The sums for dx, from the sums about the renormalised mean and variance.
+    """The sums for dx, from the sums about the renormalized mean and variance.
 
     With s' = r·s and δ = μ' − μ = −d/s', Σdz(x−μ) = S₂' + δS₁; dx needs dz − S₁/n − (x−μ)s²S₂/n, in which
     x − μ = (x − μ') + δ.

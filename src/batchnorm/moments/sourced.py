@@ -1,4 +1,4 @@
-"""Normalisation whose moments pass through a source between `stats` and `apply`: synchronised, renormalised, both."""
+"""Normalization whose moments pass through a source between `stats` and `apply`: synchronized, renormalized, both."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Form, fused, reference
-from .renorm import corrections, renormalise, renormalise_adjoint
-from .synchronised import Group, share_slices, synchronise, synchronise_adjoint
+from .renorm import corrections, renormalize, renormalize_adjoint
+from .synchronized import Group, share_slices, synchronize, synchronize_adjoint
 
 _stats = torch.ops.batchnorm.stats.default
 _apply = torch.ops.batchnorm.apply.default
@@ -20,7 +20,7 @@ Moments = tuple[Tensor, Tensor, Tensor]
 
 
 class Reference(NamedTuple):
-    """What renormalisation is held against: the running statistics before this batch, and its bounds."""
+    """What renormalization is held against: the running statistics before this batch, and its bounds."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -65,9 +65,9 @@ class _Sourced(torch.autograd.Function):
         sum_dy, sum_dy_xmu = _backward_reduce(*arguments, *form)
         grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form.eps)
         if ctx.group is not None:  # every rank, whatever it needs itself: the number of collectives must agree
-            sum_dy, sum_dy_xmu = synchronise_adjoint(sum_dy, sum_dy_xmu, ctx.group)
+            sum_dy, sum_dy_xmu = synchronize_adjoint(sum_dy, sum_dy_xmu, ctx.group)
         if r is not None:
-            sum_dy, sum_dy_xmu = renormalise_adjoint(sum_dy, sum_dy_xmu, var, r, d, form.eps)
+            sum_dy, sum_dy_xmu = renormalize_adjoint(sum_dy, sum_dy_xmu, var, r, d, form.eps)
         through_activation = needs[3] and bool(form.activation)
         grad_input = grad_residual = None
         if needs[0] or through_activation:
@@ -89,11 +89,11 @@ def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The reference, differentiated by autograd as often as wanted; r and d stay the constants they were."""
     input, weight, bias, residual, mask, _, _, _, r, d = ctx.saved_tensors
     if ctx.group is not None:
-        raise NotImplementedError("second derivatives through synchronised statistics: use process_group=None for them")
+        raise NotImplementedError("second derivatives through synchronized statistics: use process_group=None for them")
     eps, slice_size = ctx.form.eps, ctx.form.slice_size
     mean, var, _ = reference.stats(input, mask, slice_size)
     if r is not None:
-        mean, var = renormalise(mean, var, r, d, eps)
+        mean, var = renormalize(mean, var, r, d, eps)
     out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *ctx.form)
     tensors = (input, weight, bias, residual)
     wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=False) if need and t is not None]
@@ -118,13 +118,13 @@ def differentiable_batch_norm(
 ) -> tuple[Tensor, Moments]:
     """The same in differentiable aten operators alone: for vmap, forward mode and exported training programs."""
     if group is not None:
-        raise NotImplementedError("synchronised statistics under vmap, forward mode or export: use process_group=None")
+        raise NotImplementedError("synchronized statistics under vmap, forward mode or export: use process_group=None")
     eps, slice_size = form.eps, form.slice_size
     mean, var, count = reference.stats(input, mask, slice_size)
     moments = (mean.detach(), var.detach(), count)
     if against is not None:
         r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
-        mean, var = renormalise(mean, var, r, d, eps)
+        mean, var = renormalize(mean, var, r, d, eps)
     return reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form), moments
 
 
@@ -138,9 +138,9 @@ def sourced_batch_norm(
     group: Group | None,
     against: Reference | None,
 ) -> tuple[Tensor, Moments]:
-    """The output, and the moments by which the buffers move: those of the joined batch, before renormalisation.
+    """The output, and the moments by which the buffers move: those of the joined batch, before renormalization.
 
-    Ghost slices (`slice_size` > 0) never cross ranks: with a group they are normalised where they are, and the group
+    Ghost slices (`slice_size` > 0) never cross ranks: with a group they are normalized where they are, and the group
     shares what the buffers get.
     """
     eps, slice_size = form.eps, form.slice_size
@@ -149,11 +149,11 @@ def sourced_batch_norm(
     if group is not None and slice_size:
         moments = share_slices(mean, var, count, group)
     elif group is not None:
-        mean, var, count = moments = synchronise(mean, var, count, group)
+        mean, var, count = moments = synchronize(mean, var, count, group)
     r = d = None
     if against is not None:
         r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
-        mean, var = renormalise(mean, var, r, d, eps)
+        mean, var = renormalize(mean, var, r, d, eps)
     adjoint_group = None if slice_size else group
     out = _Sourced.apply(input, weight, bias, residual, mask, mean, var, count, r, d, adjoint_group, *form)
     return out, moments

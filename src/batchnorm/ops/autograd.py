@@ -252,7 +252,7 @@ _compiled = extension.autograd_module(torch.__version__)
 # `TrainingCall` with all its arguments in a row, in C++ where that was built
 training_call: Callable[..., Tensor] = python_training_call if _compiled is None else _compiled.training_call
 # The same for (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, *form) that
-# surely pass checks.py, where nothing traces, transforms or recomputes the call; None where that is not sure.
+# surely pass validation.py, where nothing traces, transforms or recomputes the call; None where that is not sure.
 plain_training_call: Callable[..., Tensor | None] = (
     (lambda *_: None) if _compiled is None else _compiled.plain_training_call
 )

@@ -293,7 +293,7 @@ bool residual_fits(const Tensor& input, const Tensor* residual) {
       residual->device() == input.device();
 }
 
-// (input, weight, bias, residual, running_mean, running_var): whether batchnorm.checks surely has nothing to refuse; with
+// (input, weight, bias, residual, running_mean, running_var): whether batchnorm.validation surely has nothing to refuse; with
 // `training` also whether there are values enough for a variance.
 bool tensors_fit(PyObject* const* tensors, bool training, double eps, std::int64_t slice_size) {
   const Tensor* input = plain(tensors[0]);

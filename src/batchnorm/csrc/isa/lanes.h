@@ -30,7 +30,7 @@ struct Part {
   int count_of(int) const { return n; }
 };
 
-// Two neighbours of bfloat16 in a float32 word, taken apart and put together; of a vector of words all or the first n values.
+// Two neighbors of bfloat16 in a float32 word, taken apart and put together; of a vector of words all or the first n values.
 BN_INLINE const float* words(const bf16* p) { return reinterpret_cast<const float*>(p); }
 BN_INLINE float* words(bf16* p) { return reinterpret_cast<float*>(p); }
 template <int half> BN_INLINE VF half_of(VF both) {
@@ -57,8 +57,8 @@ BN_INLINE void store_halves(bf16* p, VF both, int n) {
 }
 
 // bfloat16, twice as many values as a vector holds: those at even places and those at odd ones. A float32 word of two
-// neighbours gives either by one operation, and takes both back by two, where neighbours in memory that are to be
-// neighbours in a register go through the shuffles. One line of cache a step, besides.
+// neighbors gives either by one operation, and takes both back by two, where neighbors in memory that are to be
+// neighbors in a register go through the shuffles. One line of cache a step, besides.
 template <int half> struct Half {
   static constexpr int index = half;
   template <class T, class A> BN_INLINE V<A> load(const T* p) const { return half_of<half>(convert(words(p))); }

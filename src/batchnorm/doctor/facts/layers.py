@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ...surgery.freeze import is_frozen
+from ...model_tools.freeze import is_frozen
 
 __all__ = ["Layer", "find_layers", "is_batch_norm", "model_trains", "names_of_tensors"]
 

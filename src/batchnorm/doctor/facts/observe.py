@@ -120,7 +120,7 @@ class Observer(TorchFunctionMode):
         layer = self._by_module.get(id(module))
         if layer is None or not is_batch_norm(module) or not args or not isinstance(args[0], Tensor):
             return
-        if self._calls[id(layer)] == self._before_call:  # it normalises by an operator of its own: only measured
+        if self._calls[id(layer)] == self._before_call:  # it normalizes by an operator of its own: only measured
             input = _second_axis(args[0], getattr(module, "feature_axis", 1))
             if input.dim() > 1:
                 self._calls[id(layer)] += 1

@@ -56,7 +56,7 @@ class Recorder:
         self._add(node, [output])
 
     def note_batch_norm(self, input: Tensor, output: Tensor, layer: Layer, axis: int) -> None:
-        """`axis`: the one that the layer normalises over, as it was told."""
+        """`axis`: the one that the layer normalizes over, as it was told."""
         node = Node("batch_norm", layer.name, self._nodes([input]), owner=layer, shape=tuple(input.shape))
         source = node.inputs[0].feature_axis if node.inputs else None
         told = axis % input.dim() == source if source is not None and input.dim() > 1 else False

@@ -21,5 +21,5 @@ def weight_decay_on_affine(facts: Facts) -> Iterator[Found]:
         found = [decays[id(t)] for t in layer.affine if t.requires_grad and decays.get(id(t))]
         if found:
             yield Found(
-                layer.name, "γ and β shrink towards 0 at every step", {"weight_decay": max(found)}, severity="info"
+                layer.name, "γ and β shrink toward 0 at every step", {"weight_decay": max(found)}, severity="info"
             )

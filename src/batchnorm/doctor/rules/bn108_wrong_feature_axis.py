@@ -12,7 +12,7 @@ from ..rule import Found, rule
     summary="The features lie on another axis than 1: (N, L, C) was fed to a layer that takes (N, C, L).",
     needs=("run",),
     fix="transpose before and after: bn(x.transpose(1, 2)).transpose(1, 2)",
-    false_alarm="axis 1 is meant to be normalised, each position over the batch and its features",
+    false_alarm="axis 1 is meant to be normalized, each position over the batch and its features",
 )
 def wrong_feature_axis(facts: Facts) -> Iterator[Found]:
     assert facts.measurements is not None
@@ -33,7 +33,7 @@ def wrong_feature_axis(facts: Facts) -> Iterator[Found]:
         yield Found(
             node.name,
             f"its input {shape} comes from a layer with its features on axis {node.feature_axis}, but axis 1, of the "
-            "same length as num_features by chance, is normalised",
+            "same length as num_features by chance, is normalized",
             {"axis_1": shape[1], "last_axis": shape[-1], "num_features": node.owner.num_features},
             severity="error",
         )

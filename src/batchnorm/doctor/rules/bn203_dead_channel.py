@@ -10,7 +10,7 @@ _VALUES = 8
 # Under 10·ε of torch's own ε a signal is gone. A layer with a larger ε (1e-3 in the networks that come from
 # TensorFlow) is only blamed above that for a channel far below its others.
 _GONE, _FAR_BELOW = 1e-4, 0.01
-# A new network's signals may all be small, by its initialisation, and grow: there ε must be ten times the variance.
+# A new network's signals may all be small, by its initialization, and grow: there ε must be ten times the variance.
 _GONE_WHEN_NEW = 0.1
 
 

@@ -14,7 +14,7 @@ _VALUES = 8
     "large-mean",
     summary="A channel's mean is over 1,000 times its standard deviation: float32 loses the signal in it.",
     needs=("values",),
-    fix="subtract a constant from the inputs, or standardise them, before the network",
+    fix="subtract a constant from the inputs, or standardize them, before the network",
     false_alarm="the network runs in float64",
 )
 def large_mean(facts: Facts) -> Iterator[Found]:

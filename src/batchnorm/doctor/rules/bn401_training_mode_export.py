@@ -9,7 +9,7 @@ from ..rule import Found, rule
 @rule(
     "BN401",
     "training-mode-export",
-    summary="An exported program normalises by the batch it is given, not by the running statistics.",
+    summary="An exported program normalizes by the batch it is given, not by the running statistics.",
     needs=("file",),
     fix="call model.eval() before torch.export.export or torch.onnx.export",
     false_alarm="the program is exported to be trained further",

@@ -41,7 +41,7 @@ QUESTIONS = {
         "dependence on dropout", -1,
     ),
     "generalization": Question(
-        "Does it generalise better?", "generalises better", "generalises worse", "generalization", +1
+        "Does it generalize better?", "generalizes better", "generalizes worse", "generalization", +1
     ),
     "drift": Question(
         "Do its activations stay in range?", "keeps its activations steadier", "lets its activations wander more",

@@ -1,4 +1,4 @@
-"""What the study's files say, as plain numbers: no colours, no HTML.
+"""What the study's files say, as plain numbers: no colors, no HTML.
 
 Everything may be missing: an arm whose every run diverged has no best rate, a trace may have been deleted, a network
 may have no affine layer. A missing thing is None or an empty list here, and the page says so in words.
@@ -210,7 +210,7 @@ class Evidence:
         )  # fmt: skip
 
     def affine(self, arm: str) -> list[AffineLayer]:
-        """Learnt γ and β by layer, all base runs of the arm pooled."""
+        """Learned γ and β by layer, all base runs of the arm pooled."""
         weights: dict[str, list[float]] = {}
         biases: dict[str, list[float]] = {}
         for run_id in self.base(arm)["run_id"] if len(self.base(arm)) else []:

@@ -1,6 +1,6 @@
 """The report's figures as plotly's own JSON, built as plain dictionaries.
 
-A colour that depends on light or dark paper is written as the name of a CSS variable ("--ink"); report.js puts its
+A color that depends on light or dark paper is written as the name of a CSS variable ("--ink"); report.js puts its
 value in. Every text that a user may have written goes through `style.label`.
 """
 

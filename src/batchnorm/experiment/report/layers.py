@@ -1,4 +1,4 @@
-"""Figures of what goes on inside the network: the percentile fans, and the learnt γ and β."""
+"""Figures of what goes on inside the network: the percentile fans, and the learned γ and β."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _shade(zone: Zone, limits: tuple[float, float]) -> tuple[list[Plotly], list[
 
 
 def affine(evidence: Evidence) -> list[Figure]:
-    """Learnt γ and β by layer as boxes: quartiles, whiskers from the 5th to the 95th percentile."""
+    """Learned γ and β by layer as boxes: quartiles, whiskers from the 5th to the 95th percentile."""
     layers = [layer for arm in evidence.arms for layer in evidence.affine(arm)]
     names = list(dict.fromkeys(layer.layer for layer in layers))
     parts = [("weight", "γ (weight)", 1.0), ("bias", "β (bias)", 0.0)]
@@ -165,7 +165,7 @@ def _affine(
     drawn = layout(x, axis(title, zeroline=False), showlegend=True, boxmode="group")
     rule = {"color": "--soft", "width": 1.2, "dash": "dot"}
     drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": start, "y1": start, "line": rule}]
-    alt = f"Learnt {title} by layer; training starts at {start:g}. " + " ".join(
+    alt = f"Learned {title} by layer; training starts at {start:g}. " + " ".join(
         f"{layer.arm}, {layer.layer}: median {number(q[2])}, middle half {number(q[1])} to {number(q[3])}."
         for layer in layers
         if (q := getattr(layer, part))

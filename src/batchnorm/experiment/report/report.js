@@ -12,7 +12,7 @@
     showSendToCloud: false,
   };
 
-  // A colour written as the name of a CSS variable follows the paper: light, dark or print.
+  // A color written as the name of a CSS variable follows the paper: light, dark or print.
   function inked(value, key, css) {
     if (Array.isArray(value)) return value.map((item) => inked(item, key, css));
     if (value && typeof value === "object") {

@@ -1,4 +1,4 @@
-"""Colours, marks and words that all parts of the report share."""
+"""Colors, marks and words that all parts of the report share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from .evidence import finite
 
-# Okabe and Ito's palette (Color Universal Design, 2008), which people with any common colour blindness tell apart.
-# Its black is a grey here, legible on light and on dark paper; its yellow, 1.3 : 1 on white, is darkened.
+# Okabe and Ito's palette (Color Universal Design, 2008), which people with any common color blindness tell apart.
+# Its black is a gray here, legible on light and on dark paper; its yellow, 1.3 : 1 on white, is darkened.
 BASELINE = "#D55E00"
 COMPARED = "#0072B2"
 BETWEEN = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7F87", "#8A7D00")
-# Colour is never alone: every arm has a dash and a mark of its own as well.
+# Color is never alone: every arm has a dash and a mark of its own as well.
 DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "5px 2px 1px 2px", "2px 6px")
 MARKS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "pentagon")
 

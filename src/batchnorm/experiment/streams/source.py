@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 # Samples that are larger than this once unpacked are streamed. Held whole, a set takes some five times its size
-# (as read, split, standardised in float64), so that this too ends near 1.5 GB.
+# (as read, split, standardized in float64), so that this too ends near 1.5 GB.
 WHOLE_BYTES = 256 * 2**20
 # Segments are read in random order, each in one go: smaller ones mix better, larger ones are read faster.
 SEGMENT_BYTES = 128 * 2**10

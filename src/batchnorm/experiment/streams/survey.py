@@ -28,7 +28,7 @@ from batchnorm.experiment.progress import ReadingView
 from batchnorm.experiment.streams.dataset import Facts, StreamedDataset
 from batchnorm.experiment.streams.order import TEST, TRAIN, VALIDATION, buffer_rows, drawn, mixed, parts_of
 from batchnorm.experiment.streams.source import Block, Source
-from batchnorm.surgery.pool import Pool
+from batchnorm.model_tools.pool import Pool
 
 # A held-out part is held in memory, by every run: at most this much of it (as float32).
 HELD_BYTES = 128 * 2**20
@@ -119,7 +119,7 @@ class _Pass:
         return numbers[block.y]
 
     def finish(self, order: dict[str, object]) -> StreamedDataset:
-        """Returns the data set: labels numbered in their order, held-out parts standardised and in the rows' order."""
+        """Returns the data set: labels numbered in their order, held-out parts standardized and in the rows' order."""
         name = self._source.name
         met = sorted(self._numbers)
         by_text = np.asarray([self._numbers[label] for label in met], np.int64)
@@ -149,7 +149,7 @@ class _Pass:
         )
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns mean and sd in the shape that standardises a batch (1, …)."""
+        """Returns mean and sd in the shape that standardizes a batch (1, …)."""
         axes = len(self._source.shape)
         shape = (1, -1, *[1] * (axes - 1)) if axes != 2 else (1, 1, 1)
         mean, m2 = self._pool.mean.numpy(), self._pool.m2.numpy()

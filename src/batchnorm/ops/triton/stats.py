@@ -113,7 +113,7 @@ def _stats(
     across = total(squares, LAST).to(tl.float64)
     mean = shift.to(tl.float64) + along * inverse
     second = across - along * along * inverse
-    # Little cancelled and nothing over- or underflowed, or there is nothing but one value; a NaN fails both.
+    # Little canceled and nothing over- or underflowed, or there is nothing but one value; a NaN fails both.
     sure = (across <= 16 * second) & (across >= 1e-30 * count) & (across < float("inf"))
     sure = sure | ((across == 0) & (along == 0))
     if tl.min(sure.to(tl.int32), 0) == 0:

@@ -21,7 +21,7 @@ def locate(
 ):  # fmt: skip
     """This program's slice (row), strip, channels, its lines [first, last) and how many tiles they fill.
 
-    Neighbouring programs are neighbours in memory. The last slice may be short: whole strips of it have no line.
+    Neighboring programs are neighbors in memory. The last slice may be short: whole strips of it have no line.
     """
     program = tl.program_id(0)
     tile = program % tiles

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from batchnorm.errors import UserError
-from batchnorm.surgery import convert, fold, fold_onnx
+from batchnorm.model_tools import convert, fold, fold_onnx
 
 from .test_fold import trained
 

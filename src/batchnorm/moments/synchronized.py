@@ -1,4 +1,4 @@
-"""Synchronised statistics: one collective in the forward, one in the backward, on any backend."""
+"""Synchronized statistics: one collective in the forward, one in the backward, on any backend."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Group(NamedTuple):
 
 
 def resolve(process_group: ProcessGroupLike) -> Group | None:
-    """The group to synchronise over; None where statistics stay local.
+    """The group to synchronize over; None where statistics stay local.
 
-    'world' without an initialised torch.distributed is this process alone, as with torch's SyncBatchNorm.
+    'world' without an initialized torch.distributed is this process alone, as with torch's SyncBatchNorm.
     """
     if process_group is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         if process_group == "world":
             return None
-        raise RuntimeError(f"process_group {process_group!r}: torch.distributed is not initialised")
+        raise RuntimeError(f"process_group {process_group!r}: torch.distributed is not initialized")
     if process_group == "world":
         process_group = c10d._get_default_group()
     elif isinstance(process_group, str):
@@ -52,7 +52,7 @@ def resolve(process_group: ProcessGroupLike) -> Group | None:
     return None if ranks == 1 else Group(process_group.group_name, ranks)
 
 
-def synchronise(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def synchronize(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of the joined batch, ranks with an empty batch included: one all-gather of 2C+1 doubles.
 
     Gathered and merged rather than summed: a sum of squares over ranks would cancel where the mean is large, and every
@@ -83,7 +83,7 @@ def share_slices(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tupl
     return (sums[:channels] / total.clamp(min=1)).unsqueeze(0), biased.unsqueeze(0), counted.view(1)
 
 
-def synchronise_adjoint(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def synchronize_adjoint(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """Both sums over all ranks: one all-reduce of 2C doubles."""
     reduced = _all_reduce(torch.cat([sum_dy, sum_dy_xmu], 1), group)
     return reduced[:, : sum_dy.size(1)], reduced[:, sum_dy.size(1) :]

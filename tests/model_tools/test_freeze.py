@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import convert, freeze, unfreeze
+from batchnorm.model_tools import convert, freeze, unfreeze
 
 
 class Foreign(nn.BatchNorm1d):

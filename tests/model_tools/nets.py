@@ -1,4 +1,4 @@
-"""Networks that the surgery tests operate on, each with one way of writing a forward that tools stumble over."""
+"""Networks for the tests of the model tools, each with one way of writing a forward that tools stumble over."""
 
 from __future__ import annotations
 

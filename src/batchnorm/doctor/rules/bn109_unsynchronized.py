@@ -13,12 +13,12 @@ from ..rule import Found, rule
 @rule(
     "BN109",
     "unsynchronised",
-    summary="A synchronised batch normalization that cannot synchronise: no process group, or the wrong device.",
+    summary="A synchronized batch normalization that cannot synchronize: no process group, or the wrong device.",
     needs=("model",),
     fix="call init_process_group before training, or batchnorm.convert(model, process_group='world') for any backend",
     false_alarm="the process group is made, and the model moved, only after this examination",
 )
-def unsynchronised(facts: Facts) -> Iterator[Found]:
+def unsynchronized(facts: Facts) -> Iterator[Found]:
     assert facts.model is not None
     parallel = any(isinstance(module, nn.DataParallel) for module in facts.model.modules())
     for layer in facts.layers:
@@ -34,7 +34,7 @@ def _what_is_wrong(layer: Layer, parallel: bool) -> tuple[str, str] | None:
     if parallel and layer.kind == "sync":
         return "SyncBatchNorm does not work in DataParallel: one process a device is needed", "error"
     if not (dist.is_available() and dist.is_initialized()):
-        return "no process group: each process would normalise by its own batch, without a word", "warning"
+        return "no process group: each process would normalize by its own batch, without a word", "warning"
     if layer.kind == "sync" and _device(layer) == "cpu":
         return "torch's SyncBatchNorm raises on the CPU as soon as there is a process group", "error"
     return None

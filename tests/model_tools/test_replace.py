@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm.errors import UserError
-from batchnorm.surgery.replace import replace
+from batchnorm.model_tools.replace import replace
 
 
 class Places(nn.Module):

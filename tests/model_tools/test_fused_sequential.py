@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import convert, revert
+from batchnorm.model_tools import convert, revert
 from tests.test_norm_act import operators
 
 

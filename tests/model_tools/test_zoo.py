@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
-from batchnorm.surgery import convert, fold, revert
-from batchnorm.surgery.fuse import fuse_graph
+from batchnorm.model_tools import convert, fold, revert
+from batchnorm.model_tools.fuse import fuse_graph
 
 from .zoo import ZOO, build, classify
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import copy_statistics, importance, param_groups
+from batchnorm.model_tools import copy_statistics, importance, param_groups
 
 from .nets import PreActivation, Shared
 

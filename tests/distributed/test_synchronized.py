@@ -1,4 +1,4 @@
-"""Synchronised statistics between real processes: torchrun, gloo, loopback."""
+"""Synchronized statistics between real processes: torchrun, gloo, loopback."""
 
 import pytest
 import torch
@@ -25,5 +25,5 @@ def test_one_process_alone_is_the_plain_layer():
 def test_what_is_no_group_is_refused():
     with pytest.raises(ValueError, match="process_group must be"):
         BatchNorm1d(3, process_group=3)
-    with pytest.raises(RuntimeError, match="not initialised"):
+    with pytest.raises(RuntimeError, match="not initialized"):
         BatchNorm1d(3, process_group="some group")(torch.randn(4, 3))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import freeze, recalibrate
+from batchnorm.model_tools import freeze, recalibrate
 
 from .nets import PreActivation
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from batchnorm import BatchNorm1d, BatchNorm2d, insert
 from batchnorm.errors import UserError
-from batchnorm.surgery.insert import Normalized
+from batchnorm.model_tools.insert import Normalized
 
 from .nets import Attention, AutoEncoder, PreActivation, Residual, Shared, TiedHead, TypeSwitch
 

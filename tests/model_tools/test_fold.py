@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import fold, freeze, insert
+from batchnorm.model_tools import fold, freeze, insert
 
 from .nets import Attention, PreActivation, Residual
 

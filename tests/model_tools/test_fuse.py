@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm.errors import UserError
 from batchnorm.functional import batch_norm
-from batchnorm.surgery.fuse import backend, fuse, fuse_graph
+from batchnorm.model_tools.fuse import backend, fuse, fuse_graph
 
 
 class Net(nn.Module):
@@ -243,7 +243,7 @@ def test_what_is_left_goes_to_another_backend(rest):
 
 
 def test_our_own_layers_compile_and_the_model_stays():
-    from batchnorm.surgery import convert
+    from batchnorm.model_tools import convert
 
     model, x = convert(Net(in_place).double()), torch.randn(4, 3, 5, 5).double()
     before, expected = repr(model), copy.deepcopy(model)(x)

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.surgery import convert, revert
-from batchnorm.surgery.freeze import is_frozen
+from batchnorm.model_tools import convert, revert
+from batchnorm.model_tools.freeze import is_frozen
 
 from .nets import PreActivation, Residual
 
