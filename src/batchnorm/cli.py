@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from batchnorm.errors import UserError
+from .errors import UserError
 
 _EXTRAS = {
     "ray": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"
@@ -37,7 +37,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     try:
-        from batchnorm.commands import app
+        from .commands import app
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     try:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchnorm._version import __version__
-from batchnorm.commands_doctor import doctor
+from ._version import __version__
+from .commands_doctor import doctor
 
 if TYPE_CHECKING:
-    from batchnorm.experiment.study import StudyResult
+    from .experiment.study import StudyResult
 
 app = typer.Typer(name="batchnorm", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -92,7 +92,7 @@ def study(
     rate, weight decay and dropout with several seeds each, and compares. Writes report.html, runs.csv and
     summary.json into --out.
     """
-    from batchnorm.experiment.study import study as run_study
+    from .experiment.study import study as run_study
 
     result = run_study(
         data,
@@ -134,7 +134,7 @@ def _show_claims(result: StudyResult) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if "factors" in summary:
-        from batchnorm.experiment.report.factors import cell_tables, impossible_words
+        from .experiment.report.factors import cell_tables, impossible_words
 
         for found in cell_tables(summary["factors"]):
             shown = Table(*found.head, title=found.caption, title_justify="left")
@@ -176,7 +176,7 @@ def bench_command(
     """
     from rich.console import Console
 
-    from batchnorm.bench import bench, bench_model, show, show_model
+    from .bench import bench, bench_model, show, show_model
 
     try:
         with Console(stderr=True).status("checking values, then measuring") as status:

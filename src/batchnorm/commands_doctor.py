@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm.errors import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
-    from batchnorm.doctor.diagnosis import Diagnosis
-    from batchnorm.doctor.fix import Mending
+    from .doctor.diagnosis import Diagnosis
+    from .doctor.fix import Mending
 
 
 def doctor(
@@ -49,8 +49,8 @@ def doctor(
         raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
     if as_json and as_sarif:
         raise UserError("--json and --sarif together, batchnorm doctor, choose one")
-    from batchnorm.doctor.examine import diagnose
-    from batchnorm.doctor.subject import read_data, subject
+    from .doctor.examine import diagnose
+    from .doctor.subject import read_data, subject
 
     model, batches = subject(target)
     given: Any = read_data(data, batch_size) if data is not None else batches
@@ -68,13 +68,13 @@ def doctor(
 
 
 def _explain(code: str) -> None:
-    from batchnorm.doctor.pages import page
+    from .doctor.pages import page
 
     print(page(code), end="")
 
 
 def _load(model: Any, state: Path | None) -> None:
-    from batchnorm.doctor.subject import load_state
+    from .doctor.subject import load_state
 
     if isinstance(model, Path):
         raise UserError(f"--fix and --state are for models, {model}, name the function that makes the model")
@@ -83,8 +83,8 @@ def _load(model: Any, state: Path | None) -> None:
 
 
 def _mend(model: Any, batches: Any, out: Path | None, options: dict[str, Any]) -> tuple[Mending, Path]:
-    from batchnorm.doctor.fix import mend
-    from batchnorm.doctor.subject import save_state
+    from .doctor.fix import mend
+    from .doctor.subject import save_state
 
     if out is not None and out.exists():  # before the work, not after it
         raise UserError(f"the file exists already, --out {out}, choose another name")
@@ -96,7 +96,7 @@ def _show(
     diagnosis: Diagnosis, as_json: bool, as_sarif: bool, mending: Mending | None = None, written: Path | None = None
 ) -> None:
     if as_sarif:
-        from batchnorm.doctor.report.sarif import to_sarif
+        from .doctor.report.sarif import to_sarif
 
         print(json.dumps(to_sarif(diagnosis), indent=1, allow_nan=False))
     elif as_json:
@@ -105,7 +105,7 @@ def _show(
     else:
         from rich.console import Console
 
-        from batchnorm.doctor.report.table import print_diagnosis, print_mending
+        from .doctor.report.table import print_diagnosis, print_mending
 
         # Names of modules may hold what rich would take for markup.
         console = Console(markup=False, highlight=False)

@@ -85,7 +85,7 @@ def bench_model(
     Raises:
         UserError: a factory that cannot be imported or returns something else; a network that does not run.
     """
-    from ..experiment.networks import find_factory
+    from ..factories import find_factory
 
     ways = list(
         product(parse_choice(layouts, LAYOUTS, "--layouts"), parse_choice(dtypes, ("float32", "bfloat16"), "--dtypes"))

@@ -35,7 +35,7 @@ def subject(name: str) -> tuple[nn.Module | Path, Iterable[Any] | None]:
 
 
 def _call(name: str, option: str) -> Any:
-    from ..experiment.networks import find_factory
+    from ..factories import find_factory
 
     function = find_factory(name, option)
     try:

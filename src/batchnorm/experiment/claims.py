@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from batchnorm.experiment import wording
-from batchnorm.experiment.intervals import (
+from ..experiment import wording
+from ..experiment.intervals import (
     NOTHING,
     CensoredSample,
     Interval,
@@ -20,8 +20,8 @@ from batchnorm.experiment.intervals import (
     censored_difference,
     welch,
 )
-from batchnorm.experiment.measures import decades_within, drift_of_run, reaches_grid_end
-from batchnorm.experiment.selection import choose_together
+from ..experiment.measures import decades_within, drift_of_run, reaches_grid_end
+from ..experiment.selection import choose_together
 
 __all__ = ["Claim", "compute_claims", "drift_of_run"]
 

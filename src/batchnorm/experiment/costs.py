@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from batchnorm.experiment.data import Dataset
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Run
-from batchnorm.experiment.train import make_optimizer, one_thread_deterministic, update
+from ..experiment.data import Dataset
+from ..experiment.networks import Architecture
+from ..experiment.plan import Run
+from ..experiment.train import make_optimizer, one_thread_deterministic, update
 
 ROUNDS = 5
 LEAST_UPDATES, LEAST_SECONDS = 5, 0.02

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from batchnorm.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,7 @@ class Dataset:
     def open(cls, folder: Path) -> Dataset:
         """Returns what `save` wrote, mapped copy-on-write (torch wants writable memory; nobody writes)."""
         if (folder / STREAM_FILE).exists():
-            from batchnorm.experiment.streams.dataset import StreamedDataset
+            from ..experiment.streams.dataset import StreamedDataset
 
             return StreamedDataset.open(folder)
         y = map_arrays(folder, "y", PARTS)
@@ -147,11 +147,11 @@ def load(source: str, base_seed: int = 0, progress: TextIO | None = None) -> Dat
     Raises:
         UserError: whatever is wrong with the source, naming it, the place in it and what to do.
     """
-    from batchnorm.experiment.readers import find
+    from ..experiment.readers import find
 
     samples = find(source)
     if not isinstance(samples, Samples):
-        from batchnorm.experiment.streams.survey import survey
+        from ..experiment.streams.survey import survey
 
         return survey(samples, base_seed, progress)
     labels, y = _number_labels(samples)

@@ -19,11 +19,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.data import Dataset
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Run
-from batchnorm.experiment.record import Record
+from ..errors import UserError, quote_error
+from ..experiment.data import Dataset
+from ..experiment.networks import Architecture
+from ..experiment.plan import Run
+from ..experiment.record import Record
 
 ENGINES = ("local", "ray")
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def check_engine(name: str, workers: int | None, address: str | None) -> None:
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers, --workers, give at least 1")
     if name == "ray":
-        from batchnorm.experiment.ray_engine import check_address
+        from ..experiment.ray_engine import check_address
 
         check_address(address)
     elif address is not None:
@@ -57,7 +57,7 @@ def open_engine(
     `execute` trains every run, leaves its trace and row in `out` and calls `on_finished` with each row.
     """
     if name == "ray":
-        from batchnorm.experiment.ray_engine import ray_engine
+        from ..experiment.ray_engine import ray_engine
 
         return ray_engine(data, architecture, out, workers, address)
     return local_engine(data, architecture, out, workers or available_workers())
@@ -182,7 +182,7 @@ def train_one(run: Run, architecture: Architecture, data: Dataset) -> tuple[Row,
     Raises:
         UserError: the network failed, in one sentence.
     """
-    from batchnorm.experiment.train import train
+    from ..experiment.train import train
 
     try:
         return train(run, architecture, data)

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from batchnorm.experiment import wording
-from batchnorm.experiment.claims import STEP_FLOOR, Claim, make_claim, power_of_two, sample_of, unclaimed
-from batchnorm.experiment.factors import Factors, Level, choose_level_rates
-from batchnorm.experiment.intervals import CensoredSample, Interval, censored_difference, welch
-from batchnorm.experiment.plan import Plan, Run
+from ..experiment import wording
+from ..experiment.claims import STEP_FLOOR, Claim, make_claim, power_of_two, sample_of, unclaimed
+from ..experiment.factors import Factors, Level, choose_level_rates
+from ..experiment.intervals import CensoredSample, Interval, censored_difference, welch
+from ..experiment.plan import Plan, Run
 
 UNITS = ("updates", "samples", "seconds")
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import OPTIMIZERS, Plan, Run, rate_grid
-from batchnorm.experiment.selection import choose_fastest, choose_rates
+from ..errors import UserError, quote_error
+from ..experiment.networks import Architecture
+from ..experiment.plan import OPTIMIZERS, Plan, Run, rate_grid
+from ..experiment.selection import choose_fastest, choose_rates
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from batchnorm.experiment.data import Dataset
+    from ..experiment.data import Dataset
 
 FULL = 0  # stands for the whole training part until its size is known
 BATCH_SIZE, OPTIMIZER = 60, "sgd"

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.data import Samples
+from ..errors import UserError, quote_error
+from ..experiment.data import Samples
 
 if TYPE_CHECKING:
     import numpy as np

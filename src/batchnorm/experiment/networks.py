@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import batchnorm
-from batchnorm.errors import UserError, quote_error
-from batchnorm.model_tools.insert import Normalized
-from batchnorm.model_tools.kinds import spatial_dims
+from ..errors import UserError, quote_error
+from ..factories import find_factory
+from ..model_tools.insert import Normalized, insert, strip
+from ..model_tools.kinds import spatial_dims
+from ..moments import Renorm
 
 ARMS = ("none", "batch", "batch_no_affine", "ghost", "renorm", "layer", "group", "instance")
 BUILT_IN = ("mlp", "cnn")
@@ -125,36 +122,9 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return model
 
 
-def find_factory(name: str, option: str = "--model") -> Callable[..., Any]:
-    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
-    what the user gave the name to, for the messages.
-
-    Raises:
-        UserError: no such module or function, or the module's own code raises.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        known = f"one of {', '.join(BUILT_IN)} or " if option == "--model" else ""
-        raise UserError(f"unknown {option.strip('-')} {name!r}, {option}, give {known}pkg.mod:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise UserError(
-            f"cannot be imported ({quote_error(error)}), {option} {name}, correct the name or the module"
-        ) from error
-    if not callable(found):
-        wanted = "the data" if option == "--data" else "a torch.nn.Module"
-        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns {wanted}")
-    return found
-
-
 def _call_factory(name: str, arm: str, seed: int) -> tuple[nn.Module, bool]:
     """Returns what the user's factory makes, and whether it has made the arm itself (it takes `arm`)."""
-    factory = find_factory(name)
+    factory = find_factory(name, built_in=BUILT_IN)
     try:
         parameters = set(inspect.signature(factory).parameters)
     except (TypeError, ValueError):  # some callables written in C have none
@@ -181,10 +151,10 @@ def make_arm(model: nn.Module, arm: str, example: torch.Tensor, batch_size: int,
     get BN by `insert`, which is then replaced by the arm's own layer of the same width.
     """
     try:
-        plain = batchnorm.strip(model, example)
+        plain = strip(model, example)
         if arm == "none":
             return plain
-        normalized = batchnorm.insert(plain, example)
+        normalized = insert(plain, example)
     except UserError:
         raise
     except Exception as error:
@@ -223,7 +193,7 @@ def _norm(arm: str, place: Normalized, batch_size: int, name: str) -> nn.Module:
     if arm == "ghost":
         return kind(features, ghost_batch_size=max(2, batch_size // 4))
     if arm == "renorm":
-        return kind(features, renorm=batchnorm.Renorm(r_max=3.0, d_max=5.0))
+        return kind(features, renorm=Renorm(r_max=3.0, d_max=5.0))
     return bn
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchnorm.errors import UserError
-from batchnorm.experiment.networks import ARMS
+from ..errors import UserError
+from ..experiment.networks import ARMS
 
 BASE_SEED = 0  # fixes the split
 CHOOSE_SEEDS = (1001, 1002)

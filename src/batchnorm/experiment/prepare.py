@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from batchnorm.experiment.data import Dataset
-from batchnorm.experiment.factors import Factors, design, fit_batch_sizes
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Plan
-from batchnorm.experiment.probe import layer_table
-from batchnorm.experiment.provenance import model_digest
+from ..experiment.data import Dataset
+from ..experiment.factors import Factors, design, fit_batch_sizes
+from ..experiment.networks import Architecture
+from ..experiment.plan import Plan
+from ..experiment.probe import layer_table
+from ..experiment.provenance import model_digest
 
 
 @dataclass(frozen=True)

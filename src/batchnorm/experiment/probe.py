@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.model_tools.kinds import is_layer
+from ..model_tools.kinds import is_layer
 
 LEVELS = (15, 50, 85)  # the percentiles of the paper's Figure 1
 UNITS = 8

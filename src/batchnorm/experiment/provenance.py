@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-import batchnorm
-from batchnorm.experiment.networks import BUILT_IN, find_factory
+from .._version import __version__
+from ..experiment.networks import BUILT_IN
+from ..factories import find_factory
 
 
 def versions() -> dict[str, Any]:
     """Returns the entries of summary.json that say where and when it was made."""
     return {
-        "batchnorm": batchnorm.__version__,
+        "batchnorm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -19,12 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.data import Dataset
-from batchnorm.experiment.engine import Execute, OnFinished, Row, available_workers, train_one
-from batchnorm.experiment.networks import BUILT_IN, Architecture
-from batchnorm.experiment.plan import Run
-from batchnorm.experiment.record import Record
+from ..errors import UserError, quote_error
+from ..experiment.data import Dataset
+from ..experiment.engine import Execute, OnFinished, Row, available_workers, train_one
+from ..experiment.networks import BUILT_IN, Architecture
+from ..experiment.plan import Run
+from ..experiment.record import Record
 
 # Both are read as Ray is imported: a study calls nobody, and Ray's pages about a lost worker, which it prints to this
 # process's stdout, stay in its log files (`_quiet` sees to a Ray that was imported before).

@@ -6,14 +6,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.data import Samples
+from ..errors import UserError, quote_error
+from ..experiment.data import Samples
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from batchnorm.experiment.streams.source import Source
+    from ..experiment.streams.source import Source
 
 
 class Array(Protocol):
@@ -54,7 +54,7 @@ def find(source: str) -> Samples | Source:
                 f"no such file or folder, {source}, give the path of a .npz, .npy, .csv or .parquet file or a folder "
                 "(or digits, or openml:NAME, or pkg.mod:function)"
             )
-        from batchnorm.experiment.streams.kinds import open_source
+        from ..experiment.streams.kinds import open_source
 
         opened = open_source(source)
         if opened is not None:

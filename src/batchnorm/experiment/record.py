@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import UserError, quote_error
+from ..errors import UserError, quote_error
 
 COLUMNS = (
     *("run_id", "purpose", "arm", "seed", "lr", "weight_decay", "dropout", "batch_size", "optimizer", "steps"),

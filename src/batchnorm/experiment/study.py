@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from batchnorm.experiment.claims import Claim, compute_claims
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import Execute, Row, check_engine, open_engine
-from batchnorm.experiment.factors import (
+from ..experiment.claims import Claim, compute_claims
+from ..experiment.data import Dataset, load
+from ..experiment.engine import Execute, Row, check_engine, open_engine
+from ..experiment.factors import (
     Factors,
     choose_level_rates,
     most_runs,
@@ -23,14 +23,14 @@ from batchnorm.experiment.factors import (
     runs_to_choose,
     runs_to_measure,
 )
-from batchnorm.experiment.logs import RunLogs
-from batchnorm.experiment.plan import BASE_SEED, Plan, Run, make_plan
-from batchnorm.experiment.prepare import Prepared, prepare
-from batchnorm.experiment.progress import ProgressView
-from batchnorm.experiment.record import COLUMNS, Record
-from batchnorm.experiment.report import write_report
-from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
-from batchnorm.experiment.summary import Outcome, command_line, summarize
+from ..experiment.logs import RunLogs
+from ..experiment.plan import BASE_SEED, Plan, Run, make_plan
+from ..experiment.prepare import Prepared, prepare
+from ..experiment.progress import ProgressView
+from ..experiment.record import COLUMNS, Record
+from ..experiment.report import write_report
+from ..experiment.selection import choose_fastest, choose_rates, choose_settings
+from ..experiment.summary import Outcome, command_line, summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,13 +6,13 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.experiment.claims import Claim
-from batchnorm.experiment.costs import update_seconds
-from batchnorm.experiment.factor_results import results
-from batchnorm.experiment.factors import Factors
-from batchnorm.experiment.plan import BASE_SEED, Plan
-from batchnorm.experiment.prepare import Prepared
-from batchnorm.experiment.provenance import versions
+from ..experiment.claims import Claim
+from ..experiment.costs import update_seconds
+from ..experiment.factor_results import results
+from ..experiment.factors import Factors
+from ..experiment.plan import BASE_SEED, Plan
+from ..experiment.prepare import Prepared
+from ..experiment.provenance import versions
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from batchnorm.experiment.data import HELD_OUT, Dataset
-from batchnorm.experiment.measures import drift_of_run
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Run
-from batchnorm.experiment.probe import Probe, affine_parameters, as_evaluated, trace_calls
-from batchnorm.model_tools.kinds import is_layer
+from ..experiment.data import HELD_OUT, Dataset
+from ..experiment.measures import drift_of_run
+from ..experiment.networks import Architecture
+from ..experiment.plan import Run
+from ..experiment.probe import Probe, affine_parameters, as_evaluated, trace_calls
+from ..model_tools.kinds import is_layer
 
 EVALUATIONS = 40
 _EVALUATION_BATCH = 1024

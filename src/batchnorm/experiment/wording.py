@@ -2,7 +2,7 @@
 
 import math
 
-from batchnorm.experiment.intervals import Interval
+from ..experiment.intervals import Interval
 
 
 def percent(fraction: float) -> str:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, quote_error
+from ..statistics.pool import Gather, Pool, gather_over
 from .feed import feed, progress_bar, samples_in
 from .freeze import is_frozen
 from .kinds import is_norm
-from .pool import Gather, Pool, gather_over
 from .replace import names_of
 from .untouched import generators_kept, untouched
 

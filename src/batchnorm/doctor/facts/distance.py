@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...statistics.measured import Measured
 from .layers import Layer
-from .moments import Measured
 
 __all__ = ["Distance", "distance"]
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import UserError
+from ...statistics.measured import Measured
 from .batches import Batch
 from .files import FileFacts
 from .graph import Graph
 from .layers import Layer
 from .measure import SAMPLES_NEEDED, Measurements
-from .moments import Measured
 from .ranks import Ranks
 from .training import Training
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError, quote_error
+from ...statistics.measured import Measured
 from .batches import Batch
 from .compare import Answers, Comparison, compare
 from .distance import Distance, distance
 from .graph import Graph
 from .layers import Layer, model_trains, names_of_tensors
-from .moments import Measured
 from .observe import Moments, Observer, WrongAxis
 from .preserve import preserved
 from .record import Recorder

@@ -19,8 +19,8 @@ from torch.nn.modules import module as _hooks
 from torch.overrides import TorchFunctionMode
 
 from ... import functional as ours
+from ...statistics.measured import Measured, mask_over, moments
 from .layers import Layer, is_batch_norm, model_trains, names_of_tensors
-from .moments import Measured, mask_over, moments
 from .record import Recorder
 
 __all__ = ["Observer", "WrongAxis", "wrong_axis"]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ...statistics.measured import Measured
 from ..facts.facts import Facts, NotExamined
 from ..facts.graph import Node
 from ..facts.layers import Layer
-from ..facts.moments import Measured
 from ..rule import Found, rule
 
 # Ratio of the variances with and without dropout, arXiv 1801.05134.

@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ...statistics.measured import Measured
 from ..facts.facts import Facts, NotExamined
 from ..facts.layers import Layer
-from ..facts.moments import Measured
 from ..rule import Found, rule
 
 FEW_VALUES, FEW_SAMPLES = 26, 16

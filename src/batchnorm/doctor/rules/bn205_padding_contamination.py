@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...statistics.measured import Measured
 from ..facts.facts import Facts
-from ..facts.moments import Measured
 from ..rule import Found, NotExamined, rule
 
 # In σ of the real positions, and in log2: what a tenth of zeros does to a variance.

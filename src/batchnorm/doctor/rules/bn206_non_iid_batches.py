@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...statistics.batch_order import likely_ratio, variance_ratio
 from ..facts.facts import Facts, NotExamined
-from ..facts.order import likely_ratio, variance_ratio
 from ..rule import Found, rule
 
 

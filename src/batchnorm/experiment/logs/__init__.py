@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.record import COLUMNS, Record
+from ...errors import UserError, quote_error
+from ...experiment.record import COLUMNS, Record
 
 Row = dict[str, Any]
 LOGS = ("tensorboard", "mlflow")
@@ -90,11 +90,11 @@ class RunLogs:
 
 def _make(name: str, record: Record) -> RunLog:
     if name == "tensorboard":
-        from batchnorm.experiment.logs.tensorboard import TensorBoardLog
+        from ...experiment.logs.tensorboard import TensorBoardLog
 
         return TensorBoardLog(record.folder / "tensorboard")
     if name == "mlflow":
-        from batchnorm.experiment.logs.mlflow import MlflowLog
+        from ...experiment.logs.mlflow import MlflowLog
 
         return MlflowLog(record)
     raise UserError(f"unknown log {name!r}, --log, give some of {', '.join(LOGS)}")

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from batchnorm.experiment.logs import PARAMETERS, Row, curves_of, finals_of
-from batchnorm.experiment.record import Record
+from ...experiment.logs import PARAMETERS, Row, curves_of, finals_of
+from ...experiment.record import Record
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read as mlflow is imported; a study calls nobody
 

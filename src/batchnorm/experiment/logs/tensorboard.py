@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from batchnorm.experiment.logs import PARAMETERS, Row, curves_of, finals_of
+from ...experiment.logs import PARAMETERS, Row, curves_of, finals_of
 
 _COMPLETION = ".steps_to_target"  # ends the name of the event file that holds it
 

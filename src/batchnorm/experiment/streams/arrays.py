@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.readers import check_layout
-from batchnorm.experiment.streams.source import (
+from ...errors import UserError, quote_error
+from ...experiment.readers import check_layout
+from ...experiment.streams.source import (
     SEGMENT_BYTES,
     Block,
     Source,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.errors import UserError
-from batchnorm.experiment.streams.source import label_text
+from ...errors import UserError
+from ...experiment.streams.source import label_text
 
 Place = Callable[[int], str]  # from a position in the block to the words for it
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.errors import UserError
-from batchnorm.experiment.data import HELD_OUT, STREAM_FILE, Dataset, map_arrays
-from batchnorm.experiment.streams.kinds import describe, reopen
-from batchnorm.experiment.streams.order import TRAIN, buffer_rows, drawn, mixed, parts_of
-from batchnorm.experiment.streams.source import Block, Source
+from ...errors import UserError
+from ...experiment.data import HELD_OUT, STREAM_FILE, Dataset, map_arrays
+from ...experiment.streams.kinds import describe, reopen
+from ...experiment.streams.order import TRAIN, buffer_rows, drawn, mixed, parts_of
+from ...experiment.streams.source import Block, Source
 
 # A batch is held with its gradients and activations: what is larger has to be trained in smaller batches.
 _LARGEST_BATCH = 256 * 2**20

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.networks import find_factory
-from batchnorm.experiment.streams.source import Block, Source, check_finite, encode_labels, even_starts
+from ...errors import UserError, quote_error
+from ...experiment.streams.source import Block, Source, check_finite, encode_labels, even_starts
+from ...factories import find_factory
 
 _SAMPLES_A_SEGMENT = 16
 _SAMPLES_A_BLOCK = 64

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import UserError
-from batchnorm.experiment.streams.arrays import ArraySource, is_samples, open_large_npz, open_npy
-from batchnorm.experiment.streams.factory import FactorySource
-from batchnorm.experiment.streams.parquet import SUFFIXES, ParquetSource, parquet_files
-from batchnorm.experiment.streams.pictures import ImageSource
-from batchnorm.experiment.streams.source import Source
+from ...errors import UserError
+from ...experiment.streams.arrays import ArraySource, is_samples, open_large_npz, open_npy
+from ...experiment.streams.factory import FactorySource
+from ...experiment.streams.parquet import SUFFIXES, ParquetSource, parquet_files
+from ...experiment.streams.pictures import ImageSource
+from ...experiment.streams.source import Source
 
 _KINDS: dict[str, type[Source]] = {
     kind.__name__: kind for kind in (ArraySource, FactorySource, ParquetSource, ImageSource)

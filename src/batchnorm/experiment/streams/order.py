@@ -11,8 +11,8 @@ from itertools import islice
 
 import numpy as np
 
-from batchnorm.experiment.data import Samples
-from batchnorm.experiment.streams.source import Block, Source
+from ...experiment.data import Samples
+from ...experiment.streams.source import Block, Source
 
 BUFFER_BYTES = 64 * 2**20
 TRAIN, VALIDATION, TEST = range(3)

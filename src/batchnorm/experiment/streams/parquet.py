@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.errors import UserError, quote_error
-from batchnorm.experiment.streams.columns import Place, is_list, labels_of, samples_of, value_dtype
-from batchnorm.experiment.streams.source import Block, Source, check_finite
+from ...errors import UserError, quote_error
+from ...experiment.streams.columns import Place, is_list, labels_of, samples_of, value_dtype
+from ...experiment.streams.source import Block, Source, check_finite
 
 SUFFIXES = (".parquet", ".pq")
 _BLOCK_BYTES = 2**20

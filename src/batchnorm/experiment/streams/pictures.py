@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.experiment.data import Samples
-from batchnorm.experiment.images import files_by_class, measure_images, read_image, read_images
-from batchnorm.experiment.streams.source import Block, Source, even_starts
+from ...experiment.data import Samples
+from ...experiment.images import files_by_class, measure_images, read_image, read_images
+from ...experiment.streams.source import Block, Source, even_starts
 
 _IMAGES_A_SEGMENT = 4
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchnorm.errors import UserError
-from batchnorm.experiment.data import Samples
+from ...errors import UserError
+from ...experiment.data import Samples
 
 if TYPE_CHECKING:
     from typing import Self

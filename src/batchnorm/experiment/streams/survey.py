@@ -13,10 +13,8 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from batchnorm.doctor.facts.moments import Measured, moments
-from batchnorm.doctor.facts.order import likely_ratio, variance_ratio
-from batchnorm.errors import UserError
-from batchnorm.experiment.data import (
+from ...errors import UserError
+from ...experiment.data import (
     TEST_MOST,
     TEST_SHARE,
     VALIDATION_MOST,
@@ -24,11 +22,13 @@ from batchnorm.experiment.data import (
     order_labels,
     usable_spread,
 )
-from batchnorm.experiment.progress import ReadingView
-from batchnorm.experiment.streams.dataset import Facts, StreamedDataset
-from batchnorm.experiment.streams.order import TEST, TRAIN, VALIDATION, buffer_rows, drawn, mixed, parts_of
-from batchnorm.experiment.streams.source import Block, Source
-from batchnorm.model_tools.pool import Pool
+from ...experiment.progress import ReadingView
+from ...experiment.streams.dataset import Facts, StreamedDataset
+from ...experiment.streams.order import TEST, TRAIN, VALIDATION, buffer_rows, drawn, mixed, parts_of
+from ...experiment.streams.source import Block, Source
+from ...statistics.batch_order import likely_ratio, variance_ratio
+from ...statistics.measured import Measured, moments
+from ...statistics.pool import Pool
 
 # A held-out part is held in memory, by every run: at most this much of it (as float32).
 HELD_BYTES = 128 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .moments import Measured
+from .measured import Measured
 
 __all__ = ["likely_ratio", "variance_ratio"]
 
