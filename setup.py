@@ -22,8 +22,8 @@ KERNEL_FLAGS = [
 ]
 
 
-def sources(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.glob("*.cpp"))
+def sources(*folders: str) -> list[str]:
+    return sorted(str(path) for folder in folders for path in (SOURCES / folder).glob("*.cpp"))
 
 
 def extensions() -> dict[str, object]:
@@ -47,7 +47,7 @@ def extensions() -> dict[str, object]:
 
     kernels = CppExtension(
         "batchnorm._C",
-        sources(SOURCES),
+        sources("kernels", "simd", "torch"),
         # the oldest torch whose stable ABI is used: one build serves it and all later ones
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args={"cxx": KERNEL_FLAGS},
@@ -57,7 +57,7 @@ def extensions() -> dict[str, object]:
     autograd = CppExtension(
         # torch's own ABI: ops/extension.py looks for this name with the running torch's version, and for no other
         "batchnorm._autograd_" + re.sub(r"\W", "_", torch.__version__),
-        sources(SOURCES / "autograd"),
+        sources("autograd"),
         extra_compile_args={"cxx": FLAGS},
         optional=True,
     )

@@ -7,7 +7,7 @@ compiler=${CXX:-g++}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-sources=$(ls src/batchnorm/csrc/*.cpp | grep -v -e register.cpp -e arguments.cpp -e tensor.cpp)
+sources=$(ls src/batchnorm/csrc/kernels/*.cpp src/batchnorm/csrc/simd/*.cpp)
 flags="-std=c++17 -O1 -g -ffp-contract=fast -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi"
 case $("$compiler" --version) in
 *clang*) ;;

@@ -1,6 +1,6 @@
-// Runs every kernel on many shapes, layouts, types, masks and thread counts without torch: for the sanitizers.
-// Buffers are allocated to the byte and start at odd places, so that a read or write beyond an end is seen. Values are
-// held against a plain loop in float64, and every result against that of one thread, bit for bit.
+// Calls every kernel with many shapes, layouts, types, masks and numbers of threads, without torch, for the sanitizers.
+// Buffers have no spare bytes and start at odd addresses, so the sanitizers see every access beyond an end. Moments are
+// compared with a plain loop in float64. All results are compared with those of one thread, bit for bit.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "blocks.h"
-#include "problem.h"
+#include "kernels/blocks.h"
+#include "kernels/problem.h"
 
 namespace {
 
@@ -27,25 +27,24 @@ void run_threads(std::int64_t count, void (*body)(std::int64_t, std::int64_t, vo
   for (auto& t : threads) t.join();
 }
 
-std::size_t bytes_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
-
-// Exactly `n` values of a type, one element away from the allocator's alignment.
+// Exactly `n` values of a type. They begin one element after the address that the allocator aligned.
 struct Buffer {
-  Buffer(Dtype type, std::int64_t n) : type(type), n(n), raw(new char[(static_cast<std::size_t>(n) + 1) * bytes_of(type)]) {
-    std::memset(raw.get(), 0, (static_cast<std::size_t>(n) + 1) * bytes_of(type));
+  Buffer(Dtype type, std::int64_t n)
+      : type(type), n(n), raw(new char[(static_cast<std::size_t>(n) + 1) * size_of(type)]) {
+    std::memset(raw.get(), 0, (static_cast<std::size_t>(n) + 1) * size_of(type));
   }
-  void* data() const { return raw.get() + bytes_of(type); }
+  void* data() const { return raw.get() + size_of(type); }
   void fill(unsigned seed) const {
     std::vector<double> values(static_cast<std::size_t>(n));
     for (auto& v : values) {
       seed = seed * 1664525u + 1013904223u;
       v = static_cast<double>(seed >> 8) / (1 << 23) - 0.7;
     }
-    kernels().leaf[static_cast<int>(type)].narrow(values.data(), n, data());
+    kernels().loops[static_cast<int>(type)].from_float64(values.data(), n, data());
   }
   std::vector<double> values() const {
     std::vector<double> v(static_cast<std::size_t>(n));
-    kernels().leaf[static_cast<int>(type)].widen(data(), n, v.data());
+    kernels().loops[static_cast<int>(type)].to_float64(data(), n, v.data());
     return v;
   }
   Dtype type;
@@ -63,11 +62,11 @@ struct Case {
   std::int64_t n, c, s, slice;
   bool last, masked, residual;
   Dtype type;
-  Act act;
+  Activation activation;
 };
 
-// The output over the input and the gradient told from it, after the same out of place.
-std::vector<double> run_in_place(const Case& k, Problem p, const Pool& pool, const std::vector<double>& want_out,
+// forward in place and the backward from its output. Both are compared with the results out of place.
+std::vector<double> run_in_place(const Case& k, Problem p, const ThreadPool& pool, const std::vector<double>& want_out,
                                  const std::vector<double>& want_dx) {
   Buffer x(k.type, k.n * k.c * k.s), dx(k.type, x.n);
   x.fill(1);
@@ -80,15 +79,15 @@ std::vector<double> run_in_place(const Case& k, Problem p, const Pool& pool, con
   const double rounding = k.type == Dtype::f64 ? 1e-9 : k.type == Dtype::f32 ? 1e-4 : 0.2;
   const auto found = dx.values();
   for (std::size_t i = 0; i < found.size(); ++i)
-    require(std::fabs(found[i] - want_dx[i]) < rounding * (1 + std::fabs(want_dx[i])), "gradient told from the output");
+    require(std::fabs(found[i] - want_dx[i]) < rounding * (1 + std::fabs(want_dx[i])), "backward from the output");
   return found;
 }
 
 std::vector<std::vector<double>> run_case(const Case& k, int threads) {
   threads_in_use = threads;
-  Pool pool;
+  ThreadPool pool;
   pool.threads = threads;
-  pool.run = &run_threads;
+  pool.parallel_for = &run_threads;
   const std::int64_t all = k.n * k.c * k.s;
   Buffer x(k.type, all), grad(k.type, all), residual(k.type, all), out(k.type, all), dx(k.type, all), dr(k.type, all);
   x.fill(1), grad.fill(2), residual.fill(3);
@@ -99,9 +98,9 @@ std::vector<std::vector<double>> run_case(const Case& k, int threads) {
   p.dtype = k.type, p.channels_last = k.last, p.n = k.n, p.c = k.c, p.s = k.s, p.slice_size = k.slice;
   p.x = x.data(), p.out = out.data();
   p.residual = k.residual ? residual.data() : nullptr;
-  p.mask = k.masked ? mask.data() : nullptr;
-  p.weight = weight.data(), p.bias = bias.data(), p.eps = 1e-3, p.act = k.act, p.negative_slope = 0.1;
-  const std::size_t rows = static_cast<std::size_t>(p.rows()), moments = rows * static_cast<std::size_t>(k.c);
+  p.valid_mask = k.masked ? mask.data() : nullptr;
+  p.weight = weight.data(), p.bias = bias.data(), p.eps = 1e-3, p.activation = k.activation, p.negative_slope = 0.1;
+  const std::size_t rows = static_cast<std::size_t>(p.slices()), moments = rows * static_cast<std::size_t>(k.c);
   std::vector<double> mean(moments), var(moments), count(rows), dy(moments), dyx(moments);
   p.mean = mean.data(), p.var = var.data(), p.count = count.data(), p.sum_dy = dy.data(), p.sum_dy_xmu = dyx.data();
   forward(p, pool);
@@ -116,7 +115,7 @@ std::vector<std::vector<double>> run_case(const Case& k, int threads) {
   backward_elemt(p, pool);
   require(grad_input == dx.values(), "backward_elemt differs from backward");
   std::vector<double> in_place;
-  if (!k.masked && !k.residual && (k.act == Act::none || k.act == Act::leaky_relu))
+  if (!k.masked && !k.residual && (k.activation == Activation::none || k.activation == Activation::leaky_relu))
     in_place = run_in_place(k, p, pool, forward_out, grad_input);
   return {forward_out, mean, var, count, grad_input, dr.values(), dy, dyx, in_place};
 }
@@ -147,13 +146,13 @@ void require_same_bits(const std::vector<std::vector<double>>& one, const std::v
             "threads change a bit");
 }
 
-// Blocks taken and given by several threads at once: no two living ones share memory.
+// Several threads take and give blocks at the same time. Two blocks in use never share memory.
 void check_blocks() {
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([t] {
       for (int i = 0; i < 50; ++i) {
-        const std::size_t bytes = kLeastBlock + static_cast<std::size_t>(i % 3) * 65536;
+        const std::size_t bytes = kMinBlockBytes + static_cast<std::size_t>(i % 3) * 65536;
         Block* const block = take_block(bytes);
         require(block && block->bytes >= bytes, "no block");
         std::memset(block->data, t, bytes);
@@ -168,7 +167,8 @@ void check_blocks() {
 }  // namespace
 
 int main() {
-  const std::int64_t shapes[][3] = {{3, 5, 1}, {7, 33, 1}, {2, 3, 49}, {5, 40, 9}, {1, 1, 20011}, {9, 17, 31}, {130, 12, 64}};
+  const std::int64_t shapes[][3] = {{3, 5, 1},     {7, 33, 1},  {2, 3, 49},   {5, 40, 9},
+                                    {1, 1, 20011}, {9, 17, 31}, {130, 12, 64}};
   int cases = 0;
   for (const auto& shape : shapes)
     for (const bool last : {false, true})
@@ -176,20 +176,23 @@ int main() {
         for (const bool masked : {false, true})
           for (const bool residual : {false, true})
             for (const Dtype type : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-              const Act acts[] = {Act::relu, Act::none, Act::silu, Act::leaky_relu, Act::tanh};  // in turn over the cases
-              const bool large = shape[0] > 100;  // for the threads
+              const Activation acts[] = {Activation::relu, Activation::none, Activation::silu, Activation::leaky_relu,
+                                         Activation::tanh};  // the cases take turns
+              const bool large = shape[0] > 100;             // for the threads
               if (large && (slice || residual || type == Dtype::f16)) continue;
-              const Case k{shape[0], shape[1], shape[2], slice, last && shape[1] > 1, masked, residual, type, acts[cases % 5]};
+              const Case k{shape[0], shape[1], shape[2], slice,          last && shape[1] > 1,
+                           masked,   residual, type,     acts[cases % 5]};
               const auto one = run_case(k, 1);
               check_moments(k, one);
               const auto three = run_case(k, 3);
               require_same_bits(one, three);
               ++cases;
             }
-  // beyond the last-level cache, where outputs are streamed and the next channel is read ahead
+  // larger than the last-level cache: here outputs use stream stores and the next channel is prefetched
   for (const bool last : {false, true})
     for (const bool residual : {false, true}) {
-      const Case k{20, 32, 10007, 0, last, false, residual, Dtype::f32, residual ? Act::relu : Act::leaky_relu};
+      const Case k{
+          20, 32, 10007, 0, last, false, residual, Dtype::f32, residual ? Activation::relu : Activation::leaky_relu};
       const auto one = run_case(k, 1);
       check_moments(k, one);
       const auto two = run_case(k, 2);

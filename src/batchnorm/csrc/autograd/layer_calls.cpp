@@ -1,6 +1,6 @@
-// A layer's eager calls as C++ autograd functions: TrainingCall and FixedStatistics of ops/autograd.py, without Python
-// between the operators and the engine. All operators are called through the dispatcher, so modes, fake tensors, other
-// devices and the reference see what they see from Python.
+// The eager calls of a layer as C++ autograd functions: TrainingCall and FixedStatistics of ops/autograd.py, without
+// Python between the operators and the autograd engine. All operators are called through the dispatcher. So modes, fake
+// tensors, other devices and the reference see the same calls as from Python.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -28,9 +28,9 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Optional = std::optional<Tensor>;
-using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What can take a gradient, in the order of the operators' arguments and of the gradients.
+// The inputs that can get a gradient, in the order of the operators' arguments and of the gradients.
 enum Input : std::size_t { kInput, kWeight, kBias, kResidual, kInputs };
 using Needs = std::array<bool, kInputs>;
 
@@ -41,70 +41,69 @@ struct Form {
   std::int64_t slice_size;
 };
 
-struct Rest {
+struct TrainingArguments {
   Optional mask, running_mean, running_var, num_batches_tracked;
   std::optional<double> momentum;
   bool skip_nonfinite;
   Form form;
 };
 
-struct Running {
+struct RunningArguments {
   Tensor mean, var;
   Form form;
 };
 
-// The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
+// The handles of the operators. Each is looked up once, because a look-up costs as much as a small kernel.
 const auto& forward_operator() {
-  static const auto found = c10::Dispatcher::singleton()
-      .findSchemaOrThrow("batchnorm::forward_update_running_", "")
-      .typed<Four(
-          const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&,
-          const Optional&, const Optional&, std::optional<double>, bool, double, std::string_view, double,
-          std::int64_t)>();
-  return found;
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("batchnorm::forward_update_running_", "")
+          .typed<FourTensors(const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
+                             const Optional&, const Optional&, const Optional&, std::optional<double>, bool, double,
+                             std::string_view, double, std::int64_t)>();
+  return handle;
 }
 
 const auto& apply_operator() {
-  static const auto found = c10::Dispatcher::singleton()
-      .findSchemaOrThrow("batchnorm::apply", "")
-      .typed<Tensor(
-          const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double,
-          std::string_view, double, std::int64_t)>();
-  return found;
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("batchnorm::apply", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
+                        double, std::string_view, double, std::int64_t)>();
+  return handle;
 }
 
 const auto& backward_operator() {
-  static const auto found = c10::Dispatcher::singleton()
-      .findSchemaOrThrow("batchnorm::backward", "")
-      .typed<Four(
-          const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
-          const Optional&, const Optional&, double, std::string_view, double, std::int64_t, Needs)>();
-  return found;
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("batchnorm::backward", "")
+          .typed<FourTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                             const Optional&, const Optional&, const Optional&, const Optional&, double,
+                             std::string_view, double, std::int64_t, Needs)>();
+  return handle;
 }
 
-Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
-Tensor defined(const Optional& t) { return t.value_or(Tensor()); }
+Optional to_optional(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+Tensor to_tensor(const Optional& t) { return t.value_or(Tensor()); }
 
 }  // namespace
 
-// Not in the unnamed namespace: their names are what profilers and anomaly mode show.
+// Not in the unnamed namespace, because profilers and anomaly mode show these names.
 struct TrainingCall : torch::autograd::Function<TrainingCall> {
-  // The backward is nothing but operators, so compiled autograd may look through it as it does through Python's.
+  // The backward consists of operators alone, so compiled autograd may trace it, as it traces the one in Python.
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
-      const Rest& rest);
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias,
+                        const Optional& residual, const TrainingArguments& arguments);
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs);
 };
 
-// The running statistics' call: the gradient does not pass through them.
+// The call with running statistics, through which no gradient passes.
 struct RunningCall : torch::autograd::Function<RunningCall> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(
-      AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
-      const Running& running);
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias,
+                        const Optional& residual, const RunningArguments& running);
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     return TrainingCall::backward(ctx, grad_outputs);
   }
@@ -112,55 +111,51 @@ struct RunningCall : torch::autograd::Function<RunningCall> {
 
 namespace {
 
-// What the backward needs beside the tensors.
-void note(
-    AutogradContext* ctx, const Form& form, const Optional& weight, const Optional& bias, const Optional& residual) {
+// Saves what the backward needs besides the tensors.
+void save_form(AutogradContext* ctx, const Form& form, const Optional& weight, const Optional& bias,
+               const Optional& residual) {
   ctx->saved_data["form"] = std::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
-  // the engine numbers only the inputs that are tensors
+  // needs_input_grad counts only the inputs that are tensors
   ctx->saved_data["given"] = std::make_tuple(true, weight.has_value(), bias.has_value(), residual.has_value());
   ctx->set_materialize_grads(false);
 }
 
-Tensor apply_running(
-    const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
-    const Running& running) {
+Tensor apply_running(const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
+                     const RunningArguments& running) {
   const Form& form = running.form;
-  return apply_operator().call(
-      input, running.mean, running.var, weight, bias, residual, form.eps, form.activation, form.negative_slope, 0);
+  return apply_operator().call(input, running.mean, running.var, weight, bias, residual, form.eps, form.activation,
+                               form.negative_slope, 0);
 }
 
 }  // namespace
 
-Tensor RunningCall::forward(
-    AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
-    const Running& running) {
+Tensor RunningCall::forward(AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias,
+                            const Optional& residual, const RunningArguments& running) {
   Tensor out = apply_running(input, weight, bias, residual, running);
-  // copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+  // Copies, because the buffers may change before the backward reads them (another forward, DDP's broadcast).
   const auto copy = [](const Tensor& t) { return t.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true); };
-  ctx->save_for_backward(
-      {input, copy(running.mean), copy(running.var), Tensor(), defined(weight), defined(bias),
-       running.form.activation.empty() ? Tensor() : defined(residual), Tensor()});
-  note(ctx, running.form, weight, bias, residual);
+  ctx->save_for_backward({input, copy(running.mean), copy(running.var), Tensor(), to_tensor(weight), to_tensor(bias),
+                          running.form.activation.empty() ? Tensor() : to_tensor(residual), Tensor()});
+  save_form(ctx, running.form, weight, bias, residual);
   return out;
 }
 
-Tensor TrainingCall::forward(
-    AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
-    const Rest& rest) {
-  const Form& form = rest.form;
+Tensor TrainingCall::forward(AutogradContext* ctx, const Tensor& input, const Optional& weight, const Optional& bias,
+                             const Optional& residual, const TrainingArguments& arguments) {
+  const Form& form = arguments.form;
   auto [out, mean, var, count] = forward_operator().call(
-      input, weight, bias, residual, rest.mask, rest.running_mean, rest.running_var, rest.num_batches_tracked,
-      rest.momentum, rest.skip_nonfinite, form.eps, form.activation, form.negative_slope, form.slice_size);
-  ctx->save_for_backward(
-      {input, mean, var, count, defined(weight), defined(bias),
-       form.activation.empty() ? Tensor() : defined(residual), defined(rest.mask)});
-  note(ctx, form, weight, bias, residual);
+      input, weight, bias, residual, arguments.mask, arguments.running_mean, arguments.running_var,
+      arguments.num_batches_tracked, arguments.momentum, arguments.skip_nonfinite, form.eps, form.activation,
+      form.negative_slope, form.slice_size);
+  ctx->save_for_backward({input, mean, var, count, to_tensor(weight), to_tensor(bias),
+                          form.activation.empty() ? Tensor() : to_tensor(residual), to_tensor(arguments.mask)});
+  save_form(ctx, form, weight, bias, residual);
   return out;
 }
 
 namespace {
 
-Needs needed(AutogradContext* ctx) {
+Needs load_needs(AutogradContext* ctx) {
   const auto is_given = ctx->saved_data["given"].toTuple();
   Needs needs{};
   for (std::size_t i = 0, edge = 0; i < kInputs; ++i)
@@ -168,18 +163,19 @@ Needs needed(AutogradContext* ctx) {
   return needs;
 }
 
-Form form_of(AutogradContext* ctx) {
+Form load_form(AutogradContext* ctx) {
   const auto saved = ctx->saved_data["form"].toTuple();
   const auto& fields = saved->elements();
   return {fields[0].toDouble(), fields[1].toStringRef(), fields[2].toDouble(), fields[3].toInt()};
 }
 
-variable_list first_order(const Tensor& grad_output, const variable_list& saved, const Form& form, const Needs& needs) {
+variable_list gradients(const Tensor& grad_output, const variable_list& saved, const Form& form, const Needs& needs) {
   Needs wanted = needs;
   wanted[kResidual] = needs[kResidual] && !form.activation.empty();
-  auto [dx, dweight, dbias, dresidual] = backward_operator().call(
-      grad_output, saved[0], saved[1], saved[2], given(saved[3]), given(saved[4]), given(saved[5]), given(saved[6]),
-      given(saved[7]), form.eps, form.activation, form.negative_slope, form.slice_size, wanted);
+  auto [dx, dweight, dbias, dresidual] =
+      backward_operator().call(grad_output, saved[0], saved[1], saved[2], to_optional(saved[3]), to_optional(saved[4]),
+                               to_optional(saved[5]), to_optional(saved[6]), to_optional(saved[7]), form.eps,
+                               form.activation, form.negative_slope, form.slice_size, wanted);
   variable_list grads(kInputs);
   if (needs[kInput]) grads[kInput] = std::move(dx);
   if (needs[kWeight]) grads[kWeight] = std::move(dweight);
@@ -188,16 +184,17 @@ variable_list first_order(const Tensor& grad_output, const variable_list& saved,
   return grads;
 }
 
-// Gradients that can be differentiated again: Python's, which has the reference.
-variable_list by_python(const Tensor& grad_output, const variable_list& saved, const Form& form, const Needs& needs) {
+// Gradients that can be differentiated again. Python computes them, because it has the reference.
+variable_list differentiable_gradients(const Tensor& grad_output, const variable_list& saved, const Form& form,
+                                       const Needs& needs) {
   pybind11::gil_scoped_acquire gil;
   pybind11::tuple tensors(saved.size());
-  for (std::size_t i = 0; i < saved.size(); ++i) tensors[i] = pybind11::cast(given(saved[i]));
+  for (std::size_t i = 0; i < saved.size(); ++i) tensors[i] = pybind11::cast(to_optional(saved[i]));
   const auto fields = pybind11::make_tuple(form.eps, form.activation, form.negative_slope, form.slice_size);
-  const auto gradients = pybind11::module_::import("batchnorm.ops.autograd").attr("gradients");
-  const auto found = gradients(grad_output, tensors, fields, needs).cast<std::array<Optional, kInputs>>();
+  const auto function = pybind11::module_::import("batchnorm.ops.autograd").attr("gradients");
+  const auto results = function(grad_output, tensors, fields, needs).cast<std::array<Optional, kInputs>>();
   variable_list grads(kInputs);
-  for (std::size_t i = 0; i < kInputs; ++i) grads[i] = defined(found[i]);
+  for (std::size_t i = 0; i < kInputs; ++i) grads[i] = to_tensor(results[i]);
   return grads;
 }
 
@@ -207,10 +204,10 @@ variable_list TrainingCall::backward(AutogradContext* ctx, const variable_list& 
   const Tensor& grad_output = grad_outputs[0];
   variable_list grads(kInputs);
   if (grad_output.defined()) {
-    const auto compute = at::GradMode::is_enabled() ? by_python : first_order;
-    grads = compute(grad_output, ctx->get_saved_variables(), form_of(ctx), needed(ctx));
+    const auto compute = at::GradMode::is_enabled() ? differentiable_gradients : gradients;
+    grads = compute(grad_output, ctx->get_saved_variables(), load_form(ctx), load_needs(ctx));
   }
-  grads.emplace_back();  // for `rest`
+  grads.emplace_back();  // for `arguments`
   return grads;
 }
 
@@ -224,24 +221,23 @@ const Tensor& tensor(PyObject* object) {
 Optional optional_tensor(PyObject* object) { return object == Py_None ? std::nullopt : Optional(tensor(object)); }
 
 // (eps, activation, negative_slope, slice_size)
-Form form_from(PyObject* const* fields) {
-  return {
-      THPUtils_unpackDouble(fields[0]), THPUtils_unpackString(fields[1]), THPUtils_unpackDouble(fields[2]),
-      THPUtils_unpackLong(fields[3])};
+Form unpack_form(PyObject* const* fields) {
+  return {THPUtils_unpackDouble(fields[0]), THPUtils_unpackString(fields[1]), THPUtils_unpackDouble(fields[2]),
+          THPUtils_unpackLong(fields[3])};
 }
 
-std::optional<double> momentum_from(PyObject* object) {
+std::optional<double> unpack_momentum(PyObject* object) {
   return object == Py_None ? std::nullopt : std::optional(THPUtils_unpackDouble(object));
 }
 
-PyObject* call(PyObject* const* affine, const Rest& rest) {
+PyObject* call(PyObject* const* affine, const TrainingArguments& arguments) {
   const Tensor input = tensor(affine[kInput]);
   const Optional weight = optional_tensor(affine[kWeight]), bias = optional_tensor(affine[kBias]),
                  residual = optional_tensor(affine[kResidual]);
   Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
-    out = TrainingCall::apply(input, weight, bias, residual, rest);
+    out = TrainingCall::apply(input, weight, bias, residual, arguments);
   }
   return THPVariable_Wrap(out);
 }
@@ -251,29 +247,27 @@ PyObject* call(PyObject* const* affine, const Rest& rest) {
 PyObject* training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 14, "training_call takes 14 arguments, got ", count);
-  return call(
-      arguments,
-      {optional_tensor(arguments[4]), optional_tensor(arguments[5]), optional_tensor(arguments[6]),
-       optional_tensor(arguments[7]), momentum_from(arguments[8]), THPUtils_unpackNumberAsBool(arguments[9]),
-       form_from(arguments + 10)});
+  return call(arguments, {optional_tensor(arguments[4]), optional_tensor(arguments[5]), optional_tensor(arguments[6]),
+                          optional_tensor(arguments[7]), unpack_momentum(arguments[8]),
+                          THPUtils_unpackNumberAsBool(arguments[9]), unpack_form(arguments + 10)});
   END_HANDLE_TH_ERRORS
 }
 
-// Null for all but a strided tensor of torch's own type whose sizes are numbers.
-const Tensor* plain(PyObject* object) {
+// The tensor, if it is a strided one of torch's own type with plain numbers as sizes. Else null.
+const Tensor* plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  const bool odd = t.layout() != at::kStrided || t.key_set().has_any(c10::python_ks) ||
-      t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  return odd ? nullptr : &t;
+  const bool unusual = t.layout() != at::kStrided || t.key_set().has_any(c10::python_ks) ||
+                       t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  return unusual ? nullptr : &t;
 }
 
-bool half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+bool is_reduced_floating(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 bool input_fits(const Tensor* input, bool training, double eps, std::int64_t slice_size) {
   if (!input || input->dim() < 2 || !(eps > 0) || slice_size < 0) return false;
   const auto type = input->scalar_type();
-  if (type != at::kFloat && type != at::kDouble && !half(type)) return false;
+  if (type != at::kFloat && type != at::kDouble && !is_reduced_floating(type)) return false;
   if (!training) return true;
   return (input->size(0) > 1 && slice_size != 1) || input->numel() > input->size(0) * input->size(1);
 }
@@ -281,7 +275,7 @@ bool input_fits(const Tensor* input, bool training, double eps, std::int64_t sli
 bool vector_fits(const Tensor& input, const Tensor* vector) {
   if (!vector || vector->dim() != 1 || vector->size(0) != input.size(1)) return false;
   const auto type = vector->scalar_type(), wanted = input.scalar_type();
-  return (type == wanted || (half(wanted) && type == at::kFloat)) && vector->device() == input.device();
+  return (type == wanted || (is_reduced_floating(wanted) && type == at::kFloat)) && vector->device() == input.device();
 }
 
 bool buffer_fits(const Tensor& input, const Tensor* buffer) {
@@ -290,38 +284,37 @@ bool buffer_fits(const Tensor& input, const Tensor* buffer) {
 
 bool residual_fits(const Tensor& input, const Tensor* residual) {
   return residual && residual->sizes() == input.sizes() && residual->scalar_type() == input.scalar_type() &&
-      residual->device() == input.device();
+         residual->device() == input.device();
 }
 
-// (input, weight, bias, residual, running_mean, running_var): whether batchnorm.validation surely has nothing to refuse; with
-// `training` also whether there are values enough for a variance.
+// Of (input, weight, bias, residual, running_mean, running_var): whether batchnorm.validation certainly accepts them.
+// With `training` also whether there are enough values for a variance.
 bool tensors_fit(PyObject* const* tensors, bool training, double eps, std::int64_t slice_size) {
-  const Tensor* input = plain(tensors[0]);
+  const Tensor* input = plain_tensor(tensors[0]);
   if (!input_fits(input, training, eps, slice_size)) return false;
   for (PyObject* vector : {tensors[1], tensors[2]})
-    if (vector != Py_None && !vector_fits(*input, plain(vector))) return false;
-  if (tensors[3] != Py_None && !residual_fits(*input, plain(tensors[3]))) return false;
+    if (vector != Py_None && !vector_fits(*input, plain_tensor(vector))) return false;
+  if (tensors[3] != Py_None && !residual_fits(*input, plain_tensor(tensors[3]))) return false;
   for (PyObject* buffer : {tensors[4], tensors[5]})
-    if (!buffer_fits(*input, plain(buffer))) return false;
+    if (!buffer_fits(*input, plain_tensor(buffer))) return false;
   return true;
 }
 
-// Whether the call runs now and once: nothing traces, transforms or recomputes it. Compilers are seen in Python alone.
+// Whether the call is eager: no tracing, no functorch transform, no recompute. Only Python can detect a compiler.
 bool runs_eagerly() {
   const bool functorch = c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
-  return !functorch && !at::impl::torch_function_mode_enabled() &&
-      !torch::jit::tracer::isTracing() && torch::autograd::get_current_graph_task_id() == -1 &&
-      !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+  return !functorch && !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing() &&
+         torch::autograd::get_current_graph_task_id() == -1 && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// (eps, activation, negative_slope): numbers and a word, so that nothing here raises in other words than Python.
+// Whether (eps, activation, negative_slope) have the expected types. Otherwise Python raises, with its own message.
 bool form_fits(PyObject* const* form) {
   return PyFloat_Check(form[0]) && PyUnicode_Check(form[1]) && PyFloat_Check(form[2]);
 }
 
 // (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
-// negative_slope, slice_size) -> out, or None, which decides nothing: what is rare, and every refusal with its words, is
-// Python's.
+// negative_slope, slice_size) -> out, or None. None means that Python must do the call: it handles the rare cases and
+// raises all errors.
 PyObject* plain_training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 12, "plain_training_call takes 12 arguments, got ", count);
@@ -329,18 +322,17 @@ PyObject* plain_training_call(PyObject*, PyObject* const* arguments, Py_ssize_t 
   if (!form_fits(arguments + 8) || !PyLong_Check(slice_size) || !(momentum == Py_None || PyFloat_Check(momentum)))
     Py_RETURN_NONE;
   if (!tensors_fit(arguments, true, PyFloat_AS_DOUBLE(arguments[8]), THPUtils_unpackLong(slice_size)) ||
-      !plain(arguments[6]) || !runs_eagerly())
+      !plain_tensor(arguments[6]) || !runs_eagerly())
     Py_RETURN_NONE;
-  return call(
-      arguments,
-      {std::nullopt, tensor(arguments[4]), tensor(arguments[5]), tensor(arguments[6]), momentum_from(momentum), false,
-       form_from(arguments + 8)});
+  return call(arguments, {std::nullopt, tensor(arguments[4]), tensor(arguments[5]), tensor(arguments[6]),
+                          unpack_momentum(momentum), false, unpack_form(arguments + 8)});
   END_HANDLE_TH_ERRORS
 }
 
 bool wants_gradient(const Optional& t) { return t && t->requires_grad(); }
 
-// (input, weight, bias, residual, running_mean, running_var, eps, activation, negative_slope) -> out, or None as above.
+// (input, weight, bias, residual, running_mean, running_var, eps, activation, negative_slope) -> out, or None (see
+// plain_training_call).
 PyObject* plain_running_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 9, "plain_running_call takes 9 arguments, got ", count);
@@ -350,14 +342,15 @@ PyObject* plain_running_call(PyObject*, PyObject* const* arguments, Py_ssize_t c
   const Tensor input = tensor(arguments[kInput]);
   const Optional weight = optional_tensor(arguments[kWeight]), bias = optional_tensor(arguments[kBias]),
                  residual = optional_tensor(arguments[kResidual]);
-  const Running running{
-      tensor(arguments[4]), tensor(arguments[5]),
-      {THPUtils_unpackDouble(arguments[6]), THPUtils_unpackString(arguments[7]), THPUtils_unpackDouble(arguments[8]), 0}};
+  const RunningArguments running{tensor(arguments[4]),
+                                 tensor(arguments[5]),
+                                 {THPUtils_unpackDouble(arguments[6]), THPUtils_unpackString(arguments[7]),
+                                  THPUtils_unpackDouble(arguments[8]), 0}};
   Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
-    const bool differentiable = at::GradMode::is_enabled() &&
-        (input.requires_grad() || wants_gradient(weight) || wants_gradient(bias) || wants_gradient(residual));
+    const bool differentiable = at::GradMode::is_enabled() && (input.requires_grad() || wants_gradient(weight) ||
+                                                               wants_gradient(bias) || wants_gradient(residual));
     out = differentiable ? RunningCall::apply(input, weight, bias, residual, running)
                          : apply_running(input, weight, bias, residual, running);
   }
@@ -367,14 +360,13 @@ PyObject* plain_running_call(PyObject*, PyObject* const* arguments, Py_ssize_t c
 
 using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
-// C's table holds functions of one type, whatever their calling convention
+// The method table holds pointers of one type, whatever the calling convention of the function.
 PyCFunction erased(FastCall function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
 
-PyMethodDef methods[] = {
-    {"training_call", erased(training_call), METH_FASTCALL, nullptr},
-    {"plain_running_call", erased(plain_running_call), METH_FASTCALL, nullptr},
-    {"plain_training_call", erased(plain_training_call), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {{"training_call", erased(training_call), METH_FASTCALL, nullptr},
+                         {"plain_running_call", erased(plain_running_call), METH_FASTCALL, nullptr},
+                         {"plain_training_call", erased(plain_training_call), METH_FASTCALL, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "batchnorm._autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
@@ -388,7 +380,7 @@ PyModuleDef definition = {
 PyMODINIT_FUNC BN_INIT(TORCH_EXTENSION_NAME)() {
   PyObject* module = PyModule_Create(&batchnorm::definition);
 #ifdef Py_GIL_DISABLED
-  // nothing here is shared but what the dispatcher guards; without this an import would bring the lock back
+  // This module has no shared state of its own. Without this call an import would switch the GIL on again.
   if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
   return module;

@@ -1,0 +1,77 @@
+#include "coefficients.h"
+
+namespace bn {
+
+Coefficients::Coefficients(const Problem& p, std::int64_t items, std::int64_t item_channels)
+    : p_(p),
+      item_channels_(item_channels),
+      float64_(static_cast<std::size_t>(items * kCoefs * item_channels)),
+      residue_(static_cast<std::size_t>(items * item_channels)),
+      invstd_(residue_.size()),
+      needs_float64_(new std::atomic<bool>[static_cast<std::size_t>(items)]()) {
+  if (p.dtype != Dtype::f64) float32_.resize(float64_.size());
+}
+
+ChannelCoefs Coefficients::channel_coefs(std::int64_t item, std::int64_t first) {
+  double* c = float64_coefs(item) + first;
+  const std::int64_t k = item * item_channels_ + first;
+  return {c + Coef::center * item_channels_,
+          c + Coef::scale * item_channels_,
+          c + Coef::shift * item_channels_,
+          c + Coef::slope * item_channels_,
+          c + Coef::offset * item_channels_,
+          residue_.data() + k,
+          invstd_.data() + k};
+}
+
+void Coefficients::set_affine(std::int64_t item, std::int64_t slice, std::int64_t channel, ChannelRange range) {
+  const std::int64_t first = channel + range.first, moments = (p_.shared_moments ? 0 : slice * p_.c) + first;
+  const ChannelCoefs c = channel_coefs(item, range.first);
+  const ChannelKernels& channels = kernels().channels;
+  channels.invstd(p_.var + moments, p_.eps, range.count, c.invstd);
+  const double *weight = p_.weight ? p_.weight + first : nullptr, *bias = p_.bias ? p_.bias + first : nullptr;
+  const std::vector<double> no_bias(p_.in_place && !bias ? static_cast<std::size_t>(range.count) : 0);
+  // in place the loops see z, whose mean is the bias
+  const double* center = p_.in_place ? (bias ? bias : no_bias.data()) : p_.mean + moments;
+  if (channels.affine_coefs(center, weight, bias, p_.dtype != Dtype::f64, range.count, c)) set_needs_float64(item);
+  convert(item, Coef::center, Coef::slope, range);
+}
+
+void Coefficients::set_backward(std::int64_t item, std::int64_t slice, std::int64_t channel, ChannelRange range,
+                                double count) {
+  const std::int64_t sums = slice * p_.c + channel + range.first;
+  const double inverse_count = 1 / (count < 1 ? 1 : count);
+  if (kernels().channels.backward_coefs(p_.sum_dy + sums, p_.sum_dy_xmu + sums, inverse_count, !p_.in_place,
+                                        range.count, channel_coefs(item, range.first)))
+    set_needs_float64(item);
+  convert(item, Coef::slope, kCoefs, range);
+}
+
+double Coefficients::residue(std::int64_t item, std::int64_t k) const {
+  return residue_[static_cast<std::size_t>(item * item_channels_ + k)];
+}
+
+void Coefficients::convert(std::int64_t item, int begin, int end, ChannelRange range) {
+  if (p_.dtype == Dtype::f64) return;
+  const auto reorder = kernels().loops[static_cast<int>(p_.dtype)].reorder_coefs;
+  for (int coef = begin; coef < end; ++coef) {
+    float* to = float32_.data() + (item * kCoefs + coef) * item_channels_ + range.first;
+    kernels().channels.to_float32(float64_coefs(item) + coef * item_channels_ + range.first, range.count, to);
+    if (reorder && p_.channels_last) reorder(to, range.count);
+  }
+}
+
+const LoopTable& Coefficients::select(std::int64_t item, Chunk& chunk) const {
+  if (p_.dtype == Dtype::f64 || needs_float64(item)) return select_float64(item, chunk);
+  chunk.coef_stride = item_channels_;
+  chunk.coefs = float32_.data() + item * kCoefs * item_channels_;
+  return kernels().loops[static_cast<int>(p_.dtype)];
+}
+
+const LoopTable& Coefficients::select_float64(std::int64_t item, Chunk& chunk) const {
+  chunk.coef_stride = item_channels_;
+  chunk.coefs = float64_coefs(item);
+  return kernels().float64_loops[static_cast<int>(p_.dtype)];
+}
+
+}  // namespace bn
