@@ -76,26 +76,27 @@ def passes(batch: int, seconds: float) -> Iterator[list[str]]:
 def primitives(shape: tuple[int, ...], layout: str) -> tuple[dict[str, Call], Call]:
     """The four primitives as the fused operators call them, and the copy."""
     from batchnorm.ops.triton import launch
-    from batchnorm.ops.triton.apply import applied, form
-    from batchnorm.ops.triton.backward_elemt import elemt
-    from batchnorm.ops.triton.backward_reduce import partial_sums
+    from batchnorm.ops.triton.apply import activation_constants, launch_apply
+    from batchnorm.ops.triton.backward_elemt import launch_backward_elemt
+    from batchnorm.ops.triton.backward_reduce import launch_backward_reduce
     from batchnorm.ops.triton.coefficients import coefficients
-    from batchnorm.ops.triton.stats import stats_of
+    from batchnorm.ops.triton.stats import launch_stats
 
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x, r, g = (
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=memory) for _ in range(3)
     )
     weight, bias = torch.rand(shape[1], device="cuda"), torch.randn(shape[1], device="cuda")
-    mean, var, count, _ = stats_of(x, None, launch.plan(x, 0, launch.STATS))
-    small: list[Tensor | None] = [mean, var, weight, bias]
-    found = coefficients(x, small, (mean, var), count, 1e-5)
-    dx, dz, reduced = torch.empty_like(x), torch.empty_like(x), launch.plan(x, 0, launch.REDUCE)
+    mean, var, count, _ = launch_stats(x, None, launch.make_plan(x, 0, launch.STATS))
+    vectors: list[Tensor | None] = [mean, var, weight, bias]
+    coefs = coefficients(x, vectors, (mean, var), count, 1e-5)
+    dx, dz, plan = torch.empty_like(x), torch.empty_like(x), launch.make_plan(x, 0, launch.REDUCE)
+    relu, identity = activation_constants("relu", 0.0), activation_constants("", 0.0)
     return {
-        "stats": lambda: stats_of(x, None, launch.plan(x, 0, launch.STATS)),
-        "apply": lambda: applied(x, found, r, "relu", 0.0, 0),
-        "backward_reduce": lambda: partial_sums(g, x, small, r, None, form("relu", 0.0), reduced, 1e-5, dz),
-        "backward_elemt": lambda: elemt(g, x, found, None, None, True, (dx, None), form("", 0.0), 0),
+        "stats": lambda: launch_stats(x, None, launch.make_plan(x, 0, launch.STATS)),
+        "apply": lambda: launch_apply(x, coefs, r, "relu", 0.0, 0),
+        "backward_reduce": lambda: launch_backward_reduce(g, x, vectors, r, None, relu, plan, 1e-5, dz),
+        "backward_elemt": lambda: launch_backward_elemt(g, x, coefs, None, None, True, (dx, None), identity, 0),
     }, lambda: dx.copy_(x)
 
 

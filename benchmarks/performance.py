@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from batchnorm import BatchNorm1d, bench
-from batchnorm.bench import layers
+from batchnorm.bench import layer_bench
 
 # (C, H, W) of every different batch normalization of the two networks, at 224 × 224
 RESNET50 = (
@@ -51,9 +52,14 @@ def problems() -> list[tuple[str, bench.Problem]]:
     ]
 
 
+def steps_of(problem: bench.Problem) -> dict[str, Callable[[], object]]:
+    """Forward and backward of each contender."""
+    return layer_bench.contenders(problem, layer_bench.calls_of(problem, "cpu"), "cpu", backward=True)
+
+
 def time_one(problem: bench.Problem, seconds: float) -> dict[str, Any]:
     error = bench.check_values(problem, "cpu")
-    times = bench.interleaved(layers.contenders(problem, "cpu", backward=True), seconds, least=5)
+    times = bench.interleaved(steps_of(problem), seconds, least=5)
     spent = {name: vars(timing) for name, timing in times.items()}
     return {**vars(problem), "error": error, "seconds": spent}
 
@@ -77,7 +83,7 @@ def small_call(shape: tuple[int, int], seconds: float) -> dict[str, Any]:
 def peak_memory(contender: str) -> float:
     """MiB that a BN+ReLU forward and backward of (32, 256, 56, 56) adds to the process at its highest."""
     problem = bench.Problem((BATCH, 256, 56, 56), "float32", "contiguous", "bn+relu")
-    run = layers.contenders(problem, "cpu", backward=True)[contender]
+    run = steps_of(problem)[contender]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -137,7 +143,7 @@ def child(*arguments: str, preload: str | None = None) -> Any:
 
 
 def size(row: dict[str, Any]) -> int:
-    return int(torch.Size(row["shape"]).numel() * torch.empty(0, dtype=layers.DTYPES[row["dtype"]]).itemsize)
+    return int(torch.Size(row["shape"]).numel() * torch.empty(0, dtype=layer_bench.DTYPES[row["dtype"]]).itemsize)
 
 
 def pick(result: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
@@ -179,7 +185,7 @@ def summary(results: dict[str, dict[str, Any]]) -> list[str]:
             rows = [r for r in pick(result, network="ResNet-50", dtype="float32", case=case) if size(r) >= LARGE]
             ours = [mean([ratio(r, "ours", "copy") for r in rows if r["layout"] == name]) for name in bench.LAYOUTS]
             theirs = mean([ratio(r, "torch", "copy") for r in rows])
-            cells = [case, allocator, f"{layers.LEAST_COPIES[case]:.1f}", *ours, theirs]
+            cells = [case, allocator, f"{layer_bench.LEAST_COPIES[case]:.1f}", *ours, theirs]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

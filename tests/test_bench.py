@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm import bench
-from batchnorm.bench import layers, model_step
+from batchnorm.bench import layer_bench, model_step
 from batchnorm.cli import main
 from batchnorm.errors import UserError
 
@@ -38,11 +38,11 @@ def test_wrong_values_are_never_timed(case, layout, monkeypatch):
     problem = bench.Problem((4, 3, 5, 5), "float32", layout, case)
     assert bench.check_values(problem, "cpu") < 1e-6
 
-    class Wrong(bench.layers.BatchNormAct2d):
+    class Wrong(bench.layer_bench.BatchNormAct2d):
         def forward(self, input, residual=None, mask=None, domain=None):
             return super().forward(input, residual) * (1 + 1e-4)
 
-    monkeypatch.setattr(layers, "BatchNormAct2d", Wrong)
+    monkeypatch.setattr(layer_bench, "BatchNormAct2d", Wrong)
     with pytest.raises(AssertionError, match="relative error"):
         bench.check_values(problem, "cpu")
 
@@ -142,7 +142,7 @@ def test_a_wrong_value_is_exit_code_1(capsys, monkeypatch):
     def wrong(*_):
         raise AssertionError("relative error 1")
 
-    monkeypatch.setattr(layers, "check_values", wrong)
+    monkeypatch.setattr(layer_bench, "check_values", wrong)
     code, out, err = run(capsys, "--shapes", "6x5")
     assert (code, out) == (1, "")
     assert "nothing was timed" in err

@@ -1,6 +1,6 @@
-"""Floor 6: `Monitor` for trainers: callbacks for Lightning and for the Trainer of transformers.
+"""Callbacks that attach a `Monitor` in Lightning and in the Trainer of transformers.
 
-Neither library is needed by this package; each is imported when its callback is made.
+This package needs neither library. Each is imported when its callback is made.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ __all__ = ["lightning_callback", "transformers_callback"]
 
 
 def lightning_callback(*, every: int = 50, writer: Writer | None = None) -> Any:
-    """Returns a Lightning callback that watches the module from the start of training to its end, also one by an
-    exception. Its `monitor` holds the rows. Without a `writer` the trainer's TensorBoard logger is taken, if it has
-    one.
+    """Make a Lightning callback that watches the module from the start of training to its end or to an exception.
+
+    Args:
+        every: measure one of this many training steps.
+        writer: where the rows are written; None: the trainer's TensorBoard logger, if it has one.
+
+    Returns:
+        The callback. Its `monitor` has the rows.
 
     Raises:
         UserError: neither lightning nor pytorch_lightning is installed.
     """
     base = _first("lightning", "lightning.pytorch.callbacks:Callback", "pytorch_lightning.callbacks:Callback")
 
-    class BatchNormMonitor(base):  # type: ignore[valid-type,misc]  # known only where the library is installed
+    class LightningMonitor(base):  # type: ignore[valid-type,misc]  # the base class is imported at run time
         monitor: Monitor | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -32,7 +37,7 @@ def lightning_callback(*, every: int = 50, writer: Writer | None = None) -> Any:
             self.monitor = Monitor(pl_module, every=every, writer=chosen).start()
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            # Lightning calls training_step, which need not call the module itself.
+            # Lightning calls training_step, which may use the parts of the module without calling the module.
             if self.monitor is not None:
                 self.monitor.next_step()
 
@@ -42,19 +47,25 @@ def lightning_callback(*, every: int = 50, writer: Writer | None = None) -> Any:
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
             _stop(self.monitor)
 
-    return BatchNormMonitor()
+    return LightningMonitor()
 
 
 def transformers_callback(*, every: int = 50, writer: Writer | None = None) -> Any:
-    """Returns a `TrainerCallback` that watches the model from the start of training to its end; its `monitor` holds
-    the rows.
+    """Make a `TrainerCallback` that watches the model from the start of training to its end.
+
+    Args:
+        every: measure one of this many training steps.
+        writer: where the rows are written; None: they are in the monitor only.
+
+    Returns:
+        The callback. Its `monitor` has the rows.
 
     Raises:
         UserError: transformers is not installed.
     """
     base = _first("transformers", "transformers:TrainerCallback")
 
-    class BatchNormMonitor(base):  # type: ignore[valid-type,misc]  # known only where the library is installed
+    class TransformersMonitor(base):  # type: ignore[valid-type,misc]  # the base class is imported at run time
         monitor: Monitor | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -63,11 +74,11 @@ def transformers_callback(*, every: int = 50, writer: Writer | None = None) -> A
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _stop(self.monitor)
 
-    return BatchNormMonitor()
+    return TransformersMonitor()
 
 
 def _first(library: str, *names: str) -> Any:
-    """Returns the first of the classes ``module:class`` that is installed."""
+    """Import the first of the classes ``module:class`` whose library is installed."""
     for name in names:
         module, _, attribute = name.partition(":")
         try:

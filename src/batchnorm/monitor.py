@@ -1,4 +1,4 @@
-"""Floor 6: `Monitor`, what batch normalization does while a model trains, measured on some of the steps."""
+"""`Monitor` measures, on some of the steps, what batch normalization does while a model trains."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as _optimizers
 
-from .doctor.facts.layers import is_batch_norm
-from .doctor.facts.training import in_backward
+from .doctor.evidence.training_steps import in_backward
 from .errors import UserError
+from .inspect.modules import is_norm
 
 __all__ = ["Monitor", "Row", "Writer"]
 
 PERCENTILES = (0.15, 0.5, 0.85)
-# Values of one output that the percentiles are taken of, evenly spaced: their standard error is then about 0.02 σ.
-_VALUES = 4096
+# Percentiles use about this many evenly spaced values of an output. Their standard error is then about 0.02 σ.
+_SAMPLED_VALUES = 4096
 
 
 class Writer(Protocol):
-    """What a row is written to: torch.utils.tensorboard's SummaryWriter, or anything with this method."""
+    """Where rows are written: torch.utils.tensorboard's SummaryWriter, or any object with this method."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
@@ -34,14 +34,16 @@ class Row:
 
     Attributes:
         step, layer: the model's training forward, counted from 1, and the layer's name.
-        p15, p50, p85: percentiles of the layer's output, what the activation behind it gets.
-        drift: root mean square over channels of the running mean's move since the last row, in √(running_var + ε).
-        log2_drift: the same of the running variance, in powers of two.
-        lag: root mean square distance of the batch's mean from the running one, in √(running_var + ε).
-        values: values a channel in the batch.
-        effective: independent samples that the batch's mean is worth: σ² over the variance of that mean, estimated
-            from the samples' means; between the number of samples and `values` for images.
-        updates_a_step: statistics updates for each optimizer step since the last row (NaN before the first step).
+        p15, p50, p85: percentiles of the layer's output, which is the input of the activation.
+        drift: change of the running mean since the layer's last row, in √(running_var + ε); root mean square over
+            channels.
+        log2_drift: change of the running variance since the last row, in powers of two; root mean square.
+        lag: distance of the batch's mean from the running mean, in √(running_var + ε); root mean square.
+        values: values per channel in the batch.
+        effective: the number of independent samples whose mean has the variance of the batch's mean. It is σ² over
+            that variance, which is estimated from the samples' means. For images it lies between the number of
+            samples and `values`.
+        updates_a_step: updates of the statistics per optimizer step since the last row. NaN before the first step.
     """
 
     step: int
@@ -58,28 +60,28 @@ class Row:
 
 
 class Monitor:
-    """Watches the batch normalization modules of a model while it trains.
+    """Watch the batch normalization modules of a model while it trains.
 
         with Monitor(model, writer=SummaryWriter()) as monitor:
             train(model)
         print(monitor.table())
 
-    Every `every`-th training forward is measured; between these a call costs a counter. Functional calls are not
-    watched. Models are left as they were, hooks included.
+    Every `every`-th training forward is measured. The other forwards only count their calls. Functional calls are not
+    watched. `stop` removes all hooks.
 
     Args:
-        model: any module that holds batch normalization.
-        every: sample each so many training forwards; the first is sampled.
-        writer: gets each row's numbers as ``batchnorm/LAYER/NAME``; None keeps them in `rows` alone.
+        model: a module that contains batch normalization.
+        every: measure one of this many training forwards, beginning with the first.
+        writer: receives the numbers of each row as ``batchnorm/LAYER/NAME``. They are in `rows` too.
 
     Raises:
-        UserError: nothing to watch, or an `every` below 1.
+        UserError: the model has no batch normalization, or `every` is less than 1.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 50, writer: Writer | None = None) -> None:
         if every < 1:
             raise UserError(f"every is {every}, Monitor(every=…), give how many training forwards lie between samples")
-        self.layers = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
+        self.layers = {name: module for name, module in model.named_modules() if is_norm(module)}
         if not self.layers:
             raise UserError(f"no batch normalization in {type(model).__name__}, Monitor(model), nothing to watch")
         self.rows: list[Row] = []
@@ -95,7 +97,7 @@ class Monitor:
         self._driven = False
         self._handles: list[Any] = []
 
-    # --- on and off --------------------------------------------------------------------------------------
+    # --- start and stop ----------------------------------------------------------------------------------
     def __enter__(self) -> Monitor:
         return self.start()
 
@@ -103,7 +105,7 @@ class Monitor:
         self.stop()
 
     def start(self) -> Monitor:
-        """Attaches the hooks; what `with` does."""
+        """Register the hooks, as `with` does."""
         self.stop()
         self._handles = [
             self._model.register_forward_pre_hook(self._begin),
@@ -114,7 +116,7 @@ class Monitor:
         return self
 
     def stop(self) -> None:
-        """Takes the hooks off. Rows stay."""
+        """Remove the hooks. The rows stay."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -124,8 +126,10 @@ class Monitor:
             self._advance()
 
     def next_step(self) -> None:
-        """Tells that a training step begins, for trainers that do not call the model itself; from then on only this
-        counts steps."""
+        """Count a training step.
+
+        It is for trainers that do not call the model itself. After the first call the model's forwards count no steps.
+        """
         self._driven = True
         self._advance()
 
@@ -166,7 +170,7 @@ class Monitor:
                     self._writer.add_scalar(f"batchnorm/{name or 'model'}/{key}", value, self.step)
 
     def _moved(self, name: str, module: Any, mean: Tensor) -> tuple[float, float, float]:
-        """Returns the running statistics' drift since the last row, and the batch's distance from them."""
+        """Compute drift and log2_drift since the layer's last row, and the lag of the batch."""
         if module.running_mean is None:
             return 0.0, 0.0, 0.0
         now = (module.running_mean.float().clone(), module.running_var.float().clone())
@@ -180,7 +184,7 @@ class Monitor:
         return found[0], found[1], found[2]
 
     def _updates_a_step(self, name: str, module: Any) -> float:
-        """By the layer's own counter, which also knows updates that no hook saw."""
+        """Compute the updates per step by the layer's own counter, which includes updates without a hook."""
         if module.num_batches_tracked is None:
             return float("nan")
         now = (int(module.num_batches_tracked), self.optimizer_steps)
@@ -190,12 +194,16 @@ class Monitor:
             return float("nan")
         return (now[0] - before[0]) / (now[1] - before[1])
 
-    # --- what was seen -----------------------------------------------------------------------------------
+    # --- results -----------------------------------------------------------------------------------------
     def accounting(self) -> dict[str, dict[str, float]]:
-        """Returns per layer the training calls with and without gradient, those that a backward repeated
-        (checkpointing), and how many calls with gradient came to one optimizer step: above 1 is accumulation, or
-        several passes a step as adversarial training has them; calls without gradient move the statistics too, and
-        often are a forgotten ``.eval()``."""
+        """Count the training calls of each layer.
+
+        Returns:
+            By layer: "with gradient"; "without gradient", which update the statistics too and often mean a missing
+            ``.eval()``; "repeated", the recomputations of activation checkpointing in a backward; and "a step", the
+            calls with gradient per optimizer step. More than 1 means gradient accumulation, or several forwards per
+            step as in adversarial training.
+        """
         steps = self.optimizer_steps
         return {
             name: {
@@ -208,7 +216,7 @@ class Monitor:
         }
 
     def table(self) -> str:
-        """Returns the last row of every layer and its accounting as a plain text table."""
+        """Make a plain text table of the last row of every layer and its accounting."""
         latest = {row.layer: row for row in self.rows}
         keys = ("p15", "p50", "p85", "drift", "lag", "effective")
         width = max(len("layer"), *(len(name) for name in self.layers))
@@ -225,19 +233,24 @@ class Monitor:
 
 
 def _percentiles(values: Tensor) -> list[float]:
-    """With linear interpolation, as `torch.quantile`, which sorts: selecting the neighbors takes a fourth of it."""
-    kept = values[:: max(1, values.numel() // _VALUES)].float()
+    """Compute the percentiles with linear interpolation.
+
+    `torch.quantile` sorts. Selecting the two neighbors of each percentile takes a fourth of its time.
+    """
+    sampled = values[:: max(1, values.numel() // _SAMPLED_VALUES)].float()
     found = []
     for percentile in PERCENTILES:
-        place = percentile * (len(kept) - 1)
-        low, high = (float(kept.kthvalue(min(int(place) + k, len(kept))).values) for k in (1, 2))
-        found.append(low + (high - low) * (place % 1))
+        position = percentile * (len(sampled) - 1)
+        low, high = (float(sampled.kthvalue(min(int(position) + k, len(sampled))).values) for k in (1, 2))
+        found.append(low + (high - low) * (position % 1))
     return found
 
 
 def _effective(input: Tensor) -> tuple[Tensor, int, float]:
-    """Returns the batch's mean (C,), the values a channel, and how many independent samples that mean is worth: the
-    mean over channels of σ²·N over the variance of the samples' means, at most the values."""
+    """Compute the batch's mean (C,), the number of values per channel, and `Row.effective`.
+
+    The last is N·σ² over the variance of the samples' means, at most the number of values, averaged over channels.
+    """
     x = input.float()
     samples, values = x.size(0), x.numel() // max(1, x.size(1))
     each = x.flatten(2).mean(2) if x.dim() > 2 else x
@@ -245,7 +258,7 @@ def _effective(input: Tensor) -> tuple[Tensor, int, float]:
     if x.dim() == 2 or samples < 2:
         return mean, values, float(samples)
     total = x.transpose(0, 1).flatten(1).var(1, correction=0)
-    worth = samples * total / each.var(0).clamp(min=1e-30)
+    effective = samples * total / each.var(0).clamp(min=1e-30)
     alive = total > 0
-    found = float(worth[alive].clamp(max=values).mean()) if alive.any() else float(samples)
+    found = float(effective[alive].clamp(max=values).mean()) if alive.any() else float(samples)
     return mean, values, found

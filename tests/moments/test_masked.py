@@ -109,16 +109,16 @@ def test_padding_may_hold_anything_whatever_gradient_comes_back(keywords, kind):
     mask = torch.rand(5, 4, 6) < 0.6
     mask[3] = False  # a sample of padding alone
     x, g = torch.randn(5, 3, 4, 6), torch.randn(5, 3, 4, 6)
-    hole = ~mask.unsqueeze(1).expand_as(x)
+    padding = ~mask.unsqueeze(1).expand_as(x)
     found = []
     for filling in (float(kind), 0.0):
         torch.manual_seed(1)
         layer = BatchNormAct2d(3, "silu", **keywords)
-        leaf = x.masked_fill(hole, filling).requires_grad_()
+        leaf = x.masked_fill(padding, filling).requires_grad_()
         out = layer(leaf, mask=mask)
-        back = g.masked_fill(hole, float("nan") if filling else 0.0)
+        back = g.masked_fill(padding, float("nan") if filling else 0.0)
         out.backward(back)
-        found.append((out[~hole], leaf.grad[~hole], *(p.grad for p in layer.parameters()), *layer.buffers()))
+        found.append((out[~padding], leaf.grad[~padding], *(p.grad for p in layer.parameters()), *layer.buffers()))
         assert leaf.grad.isfinite().all()
     torch.testing.assert_close(*found)
 
@@ -126,18 +126,18 @@ def test_padding_may_hold_anything_whatever_gradient_comes_back(keywords, kind):
 def test_padding_that_is_not_finite_under_transforms_and_second_order():
     mask = lengths_to_mask(torch.tensor([5, 2, 0, 4]), 5)
     x = torch.randn(4, 3, 5, dtype=torch.float64)
-    hole = ~mask.unsqueeze(1).expand_as(x)
+    padding = ~mask.unsqueeze(1).expand_as(x)
     weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
     def loss(x):
         out = batch_norm(x, None, None, weight, training=True, mask=mask, activation="silu")
-        return out.masked_fill(hole, 0.0).pow(3).sum()
+        return out.masked_fill(padding, 0.0).pow(3).sum()
 
     values = []
     for filling in (float("nan"), 0.0):
-        leaf = x.masked_fill(hole, filling).requires_grad_()
+        leaf = x.masked_fill(padding, filling).requires_grad_()
         first = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
-        second = torch.autograd.grad(first.masked_fill(hole, 0.0).pow(2).sum(), (leaf, weight))
+        second = torch.autograd.grad(first.masked_fill(padding, 0.0).pow(2).sum(), (leaf, weight))
         values.append((first, torch.func.grad(loss)(leaf.detach()), *second))
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b)
@@ -149,8 +149,8 @@ def test_a_slice_of_padding_alone_is_no_slice():
     layer, without = (BatchNorm1d(3, ghost_batch_size=2, momentum=1.0) for _ in range(2))
     leaf = x.clone().requires_grad_()
     out = layer(leaf, mask=mask)
-    kept = torch.tensor([0, 1, 4, 5])
-    torch.testing.assert_close(out[kept], without(x[kept]))
+    indices = torch.tensor([0, 1, 4, 5])
+    torch.testing.assert_close(out[indices], without(x[indices]))
     torch.testing.assert_close(layer.state_dict(), without.state_dict())
     out.backward(torch.randn_like(out))
     assert leaf.grad.isfinite().all()

@@ -27,21 +27,21 @@ def normalized(seed: int) -> Tensor:
 def test_a_freed_output_serves_the_next() -> None:
     batchnorm.empty_cache()
     first = normalized(0)
-    place = first.data_ptr()
+    address = first.data_ptr()
     del first
     gc.collect()
-    assert normalized(1).data_ptr() == place
+    assert normalized(1).data_ptr() == address
 
 
 def test_living_outputs_never_share_memory() -> None:
-    kept = [normalized(seed) for seed in range(6)]
-    views = [kept.pop(0)[1:3, :, ::2].transpose(0, 1) for _ in range(2)]  # the views keep their blocks
+    outputs = [normalized(seed) for seed in range(6)]
+    views = [outputs.pop(0)[1:3, :, ::2].transpose(0, 1) for _ in range(2)]  # the views keep their blocks
     later = [normalized(seed) for seed in range(6, 9)]
-    for seed, out in zip((2, 3, 4, 5, 6, 7, 8), (*kept, *later), strict=True):
+    for seed, out in zip((2, 3, 4, 5, 6, 7, 8), (*outputs, *later), strict=True):
         assert torch.equal(out, normalized(seed))
     for seed, view in enumerate(views):
         assert torch.equal(view, normalized(seed)[1:3, :, ::2].transpose(0, 1))
-    blocks = {out.data_ptr() for out in (*kept, *later)}
+    blocks = {out.data_ptr() for out in (*outputs, *later)}
     assert len(blocks) == 7
 
 

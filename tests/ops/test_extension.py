@@ -120,6 +120,6 @@ def test_the_glance_suffices_for_a_layer(shape, dtype):
 @needs_compiled
 def test_the_glance_leaves_what_is_no_tensor_to_the_checks():
     good = (torch.randn(4, 3), torch.zeros(3), torch.ones(3), None, None, 1e-5, 0)
-    for place in range(5):
-        assert not fits(*(3.0 if i == place else a for i, a in enumerate(good)))
+    for index in range(5):
+        assert not fits(*(3.0 if i == index else a for i, a in enumerate(good)))
     assert not fits(*good[:6], "2")

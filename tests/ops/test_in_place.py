@@ -143,11 +143,11 @@ def test_opcheck(op):
 )
 def test_operators_refuse_before_they_write(arguments, words):
     x = arguments.get("x", torch.randn(4, 3, 4))
-    kept = x.clone()
+    saved = x.clone()
     form = (1e-5, arguments.get("activation", "leaky_relu"), arguments.get("negative_slope", 0.1), 0)
     with pytest.raises(RuntimeError, match=words):
         OPS.forward_inplace_(x, None, None, None, None, None, 0.1, False, *form)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, saved)
 
 
 def layer(dtype=torch.float64, **keywords):
@@ -189,8 +189,8 @@ def test_the_output_takes_the_input_s_place_and_is_what_is_kept():
     x = random(4, 3, 5, 5).requires_grad_() * 1
     out = layer()(x)
     assert out.data_ptr() == x.data_ptr()
-    kept = out.grad_fn.saved_tensors
-    assert {t.data_ptr() for t in kept if t.numel() >= x.numel()} == {x.data_ptr()}
+    saved = out.grad_fn.saved_tensors
+    assert {t.data_ptr() for t in saved if t.numel() >= x.numel()} == {x.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,9 +200,9 @@ def test_an_output_that_does_not_tell_its_input_is_not_written_over_it(dtype, we
     with torch.no_grad():
         model.norm.weight[1], model.norm.bias[1] = weight, 300.0
     x = random(4, 3, 5, 5).to(dtype).requires_grad_() * 1
-    kept = x.detach().clone()
+    saved = x.detach().clone()
     out = model(x)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, saved)
     assert out.data_ptr() != x.data_ptr()
 
 
@@ -229,9 +229,9 @@ def held():
 )
 def test_where_it_cannot_be_the_input_stays(keywords, make):
     model, x = layer(torch.float32, **keywords), make()
-    kept = x.detach().clone()
+    saved = x.detach().clone()
     model(x)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, saved)
 
 
 def test_with_a_residual_a_mask_or_in_evaluation_the_input_stays():
@@ -267,7 +267,7 @@ def test_gradients_of_gradients_are_refused_in_words():
 
 @compiled
 def test_torch_sees_the_write():
-    """What another backward kept of the input is refused by torch, and so is an output that was changed since."""
+    """What another backward saved of the input is refused by torch, and so is an output that was changed since."""
     model, x = layer(), random(4, 3, 5, 5).requires_grad_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(torch.sigmoid(x)).square().sum().backward()
@@ -381,7 +381,7 @@ def test_the_function_takes_it_too():
 
 def test_one_value_a_channel_is_refused_and_nothing_written():
     x = torch.randn(1, 3)
-    kept = x.clone()
+    saved = x.clone()
     with pytest.raises(ValueError, match="more than 1 value"):
         BatchNormAct1d(3, inplace=True)(x)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, saved)

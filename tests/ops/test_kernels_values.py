@@ -212,9 +212,9 @@ def test_gradient_sums_of_any_magnitude(magnitude: float, spread: float, layout:
     exact = reference.backward_reduce(grad.double(), *wide, *form)
     terms = reference.backward_reduce(grad.double().abs(), *wide, *form)[0]
     deviation = (x.double() - mean.view(1, -1, 1, 1)).abs().amax()
-    unit = 2**-23 / (x.numel() / x.size(1)) ** 0.5
-    assert (sums[0] - exact[0]).abs().max() <= 4 * unit * terms.max()
-    assert (sums[1] - exact[1]).abs().max() <= 4 * unit * terms.max() * deviation + x.numel() * 2**-149
+    rounding = 2**-23 / (x.numel() / x.size(1)) ** 0.5
+    assert (sums[0] - exact[0]).abs().max() <= 4 * rounding * terms.max()
+    assert (sums[1] - exact[1]).abs().max() <= 4 * rounding * terms.max() * deviation + x.numel() * 2**-149
 
 
 def test_a_weight_that_is_no_number_gives_none_in_bfloat16() -> None:
@@ -258,8 +258,8 @@ def test_many_chunks_far_from_zero_are_put_together_exactly(dtype: torch.dtype, 
     # (and not at all where a power of two of float32 values makes it exact)
     x = (torch.randn(15, 3, 61, 63, dtype=torch.float64) * 0.1 + 1e6).to(dtype)
     _, var, count = ops.stats(arranged(x, layout), None, 0)
-    near = x.double() - 1e6  # exact
-    torch.testing.assert_close(var[0], near.var((0, 2, 3), correction=0), rtol=1e-13, atol=0)
+    centered = x.double() - 1e6  # exact
+    torch.testing.assert_close(var[0], centered.var((0, 2, 3), correction=0), rtol=1e-13, atol=0)
     assert count.item() == 15 * 61 * 63
 
 

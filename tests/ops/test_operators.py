@@ -133,8 +133,8 @@ def test_only_the_gradients_asked_for(p, wanted):
     arguments = (p["grad_output"], p["input"], mean, var, count, *given_, *form(p))
     for backward in (OPS.backward, fused.backward):
         full, some = backward(*arguments, [True] * 4), backward(*arguments, wanted)
-        for whole, part, want in zip(full, some, wanted, strict=True):
-            assert torch.equal(part, whole) if want else part.numel() == 0
+        for complete, part, want in zip(full, some, wanted, strict=True):
+            assert torch.equal(part, complete) if want else part.numel() == 0
 
 
 @given(problems())
@@ -142,15 +142,15 @@ def test_padding_may_hold_anything(p):
     """NaN and Inf under the mask change no real position, forward or backward."""
     p["mask"] = torch.rand(p["input"].size(0), p["input"][0, 0].numel()) < 0.7
     p["residual"] = None
-    holes = ~p["mask"].view(p["input"].size(0), 1, *p["input"].shape[2:]).expand(p["input"].shape)
-    p["grad_output"] = p["grad_output"].masked_fill(holes, 0)
-    dirty = p["input"].masked_fill(holes, float("nan"))
+    padding = ~p["mask"].view(p["input"].size(0), 1, *p["input"].shape[2:]).expand(p["input"].shape)
+    p["grad_output"] = p["grad_output"].masked_fill(padding, 0)
+    dirty = p["input"].masked_fill(padding, float("nan"))
     results = []
     for input in (p["input"], dirty):
         given_ = (p["weight"], p["bias"], None, p["mask"])
         out, mean, var, count = OPS.forward(input, *given_, *form(p))
         dx, dw, db, _ = OPS.backward(p["grad_output"], input, mean, var, count, *given_, *form(p), [True] * 4)
-        results.append((out.masked_fill(holes, 0), mean, var, dx.masked_fill(holes, 0), dw, db))
+        results.append((out.masked_fill(padding, 0), mean, var, dx.masked_fill(padding, 0), dw, db))
         assert not dx.isnan().any()
     for clean, padded in zip(*results, strict=True):
         close(padded, clean.double(), p["input"].dtype)  # masked_fill may change a layout, and so the order of a sum

@@ -20,8 +20,8 @@ def leaves(dtype=torch.float64, residual=True, affine=True):
         return torch.randn(size).to(dtype)
 
     made = [random(6, 3, 4, 5) * 2 + 1, random(3), random(3), random(6, 3, 4, 5)]
-    kept = (True, affine, affine, residual)
-    return [t.requires_grad_() if keep else None for t, keep in zip(made, kept, strict=True)]
+    given = (True, affine, affine, residual)
+    return [t.requires_grad_() if keep else None for t, keep in zip(made, given, strict=True)]
 
 
 def buffers(dtype=torch.float64):
@@ -98,7 +98,7 @@ def test_what_is_not_plain_is_left_to_python():
     x, (mean, var) = torch.randn(4, 3), buffers(torch.float32)
     good = (x, None, None, None, mean, var, 1e-5, "", 0.01)
     assert COMPILED.plain_running_call(*good) is not None
-    for place, odd in (
+    for index, odd in (
         (0, torch.randn(3)),
         (0, x.double()),
         (3, torch.randn(4, 4)),
@@ -107,7 +107,7 @@ def test_what_is_not_plain_is_left_to_python():
         (6, 1),
         (1, ...),
     ):
-        assert COMPILED.plain_running_call(*good[:place], odd, *good[place + 1 :]) is None
+        assert COMPILED.plain_running_call(*good[:index], odd, *good[index + 1 :]) is None
     with torch.overrides.TorchFunctionMode():
         assert COMPILED.plain_running_call(*good) is None
     with torch.autograd.forward_ad.dual_level():

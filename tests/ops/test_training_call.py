@@ -194,9 +194,9 @@ def test_no_graph_where_none_is_wanted(call, mode):
 
 def test_the_graph_dies_with_its_output(call):
     p = Problem()
-    kept = p.input * 1
-    out, gone = p.out(call, kept, *p.leaves()[1:]), weakref.ref(kept)
-    del kept
+    intermediate = p.input * 1
+    out, gone = p.out(call, intermediate, *p.leaves()[1:]), weakref.ref(intermediate)
+    del intermediate
     assert gone() is not None
     del out
     gc.collect()

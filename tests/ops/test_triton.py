@@ -1,7 +1,7 @@
 """The Triton kernels against the oracle: natively where there is a GPU, else on CPU tensors by Triton's interpreter.
 
-The interpreter runs a program in tens of milliseconds, so shapes are tiny and the cut is drawn too: tiles of 16
-elements make a tensor of 100 walk the strips, the partial results and their merge, as one of 10⁸ does by default.
+The interpreter runs a program in tens of milliseconds, so shapes are tiny and the partition is drawn too: tiles of 16
+elements make a tensor of 100 walk the chunks, the partial results and their merge, as one of 10⁸ does by default.
 What only the compiler can refuse is in test_triton_compiles.py.
 """
 
@@ -33,16 +33,16 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = {name: register.kernel(name) for name in register.REFERENCE}
-CUTS = {"default": {}, "strips": {"TILE": 16, "FUSED": 1}, "tiles": {"TILE": 32, "FUSED": 1}}
+PARTITIONS = {"default": {}, "chunks": {"MAX_TILE": 16, "MAX_FUSED": 1}, "tiles": {"MAX_TILE": 32, "MAX_FUSED": 1}}
 EXTREMES = [(1e6, 1.0), (0.0, 1e18), (1e30, 1e30), (0.0, 1e-30), (0.0, 1e-42), (3.0, 0.0)]
 few = settings(max_examples=8)
 
 
 @contextmanager
-def cutting(name):
-    """Tensors are cut as `name` says."""
+def partitioned(name):
+    """Partition tensors as `name` says."""
     with pytest.MonkeyPatch.context() as patch:
-        for constant, value in CUTS[name].items():
+        for constant, value in PARTITIONS[name].items():
             patch.setattr(launch, constant, value)
         yield
 
@@ -92,12 +92,12 @@ def gradients_close(p, want, *found):
     compare_gradients(p, want, *(t.cpu() for t in found))
 
 
-@given(problems(), st.sampled_from([*CUTS]))
+@given(problems(), st.sampled_from([*PARTITIONS]))
 @settings(max_examples=16)
-def test_forward_and_backward_are_the_truth(p, cut):
+def test_forward_and_backward_are_the_truth(p, partition):
     want, dtype, q = expected(p), p["input"].dtype, device(p)
     given_ = (q["weight"], q["bias"], q["residual"], q["mask"])
-    with cutting(cut):
+    with partitioned(partition):
         out, mean, var, count = OPS["forward"](q["input"], *given_, *form(p))
         found = OPS["backward"](q["grad_output"], q["input"], mean, var, count, *given_, *form(p), [True] * 4)
     assert out.dtype == dtype
@@ -137,22 +137,22 @@ def test_every_activation_with_its_derivative(activation):
     found, exact = OPS["apply"](ends, *there), reference.apply(ends.double(), *there).float()
     torch.testing.assert_close(found, exact, equal_nan=True)
     wanted = [True, False, False, False]
-    dx, *rest = OPS["backward"](g, x, mean, var, None, *tail, None, 0.0, activation, 0.2, 0, wanted)
+    dx, *others = OPS["backward"](g, x, mean, var, None, *tail, None, 0.0, activation, 0.2, 0, wanted)
     close(dx.cpu(), want.grads["input"], torch.float32, 4)
-    assert all(t.numel() == 0 for t in rest)
+    assert all(t.numel() == 0 for t in others)
 
 
-@pytest.mark.parametrize("cut", ["default", "strips"])
+@pytest.mark.parametrize("partition", ["default", "chunks"])
 @pytest.mark.parametrize("arrangement", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("mean", "sd"), [(1e6, 1.0), (0.0, 1e18), (1e30, 1e30), (0.0, 1e-30), (0.0, 1e-42), (3.0, 0.0)]
 )
-def test_extreme_inputs_in_float32(cut, arrangement, mean, sd):
+def test_extreme_inputs_in_float32(partition, arrangement, mean, sd):
     x = layout((torch.randn(4, 2, 13, dtype=torch.float64) * sd + mean).float(), arrangement)
     g = torch.randn_like(x)
     want, x, g = truth(x, grad_output=g), x.to(DEVICE), g.to(DEVICE)
     tail = (None, None, None, None, 1e-5, "", 0.01, 0)
-    with cutting(cut):
+    with partitioned(partition):
         out, m, v, count = OPS["forward"](x, *tail)
         dx, *_ = OPS["backward"](g, x, m, v, count, *tail, [True] + [False] * 3)
     close(out.cpu(), want.out, torch.float32, 2 if 0 < sd < 1e-38 else 1)  # a subnormal result has fewer bits
@@ -160,26 +160,26 @@ def test_extreme_inputs_in_float32(cut, arrangement, mean, sd):
 
 
 @pytest.mark.parametrize("arrangement", ["contiguous", "channels_last"])
-def test_strips_far_apart_cancel_nothing(arrangement):
+def test_chunks_far_apart_cancel_nothing(arrangement):
     """Samples whose means differ by 1e6 standard deviations: no one shift serves them, so the tiles' results merge."""
     x = torch.randn(6, 2, 8) + torch.tensor([0.0, 1e6, 0.0, -1e6, 5.0, 1e3]).view(6, 1, 1)
     want = truth(x, slice_size=2)
-    with cutting("strips"):
+    with partitioned("chunks"):
         mean, var, _ = OPS["stats"](layout(x, arrangement).to(DEVICE), None, 2)
     assert ((mean.cpu() - want.mean).abs() <= 1e-7 * want.var.sqrt()).all()
     assert ((var.cpu() / want.var - 1).abs() <= 1e-6).all()
 
 
 @pytest.mark.parametrize("arrangement", ["contiguous", "channels_last"])
-def test_a_short_last_slice_leaves_strips_empty(arrangement):
-    """Five samples in slices of four: the strips are cut for four, and some of the fifth sample's have no value."""
+def test_a_short_last_slice_leaves_chunks_empty(arrangement):
+    """Five samples in slices of four: the chunks are made for four, and some of the fifth sample's have no value."""
     x, g = torch.randn(5, 3, 40) + 2, torch.randn(5, 3, 40)
     want = truth(x, grad_output=g, slice_size=4)
     x, g = layout(x, arrangement).to(DEVICE), layout(g, arrangement).to(DEVICE)
     tail = (None, None, None, None, 1e-5, "", 0.01, 4)
-    with cutting("strips"):
-        cut = launch.plan(x, 4, launch.STATS)
-        assert cut.samples - cut.per_slice <= (cut.strips - 1) * cut.chunks * cut.tile[0]  # the last strip of it
+    with partitioned("chunks"):
+        plan = launch.make_plan(x, 4, launch.STATS)
+        assert plan.rows - plan.slice_rows <= (plan.chunks - 1) * plan.tiles * plan.tile[0]  # its last chunk is empty
         out, mean, var, count = OPS["forward"](x, *tail)
         dx, *_ = OPS["backward"](g, x, mean, var, count, *tail, [True] + [False] * 3)
     assert count.tolist() == [160, 40]
@@ -194,18 +194,18 @@ def test_padding_may_hold_anything(p):
     """NaN under the mask changes no real position, forward or backward, and receives no gradient."""
     shape = p["input"].shape
     p["mask"], p["residual"] = torch.rand(shape[0], p["input"][0, 0].numel()) < 0.6, None
-    holes = ~p["mask"].view(shape[0], 1, *shape[2:]).expand(shape)
-    p["grad_output"] = p["grad_output"].masked_fill(holes, 0)
-    want, dirty = expected(p), p["input"].masked_fill(holes, float("nan"))
+    padding = ~p["mask"].view(shape[0], 1, *shape[2:]).expand(shape)
+    p["grad_output"] = p["grad_output"].masked_fill(padding, 0)
+    want, dirty = expected(p), p["input"].masked_fill(padding, float("nan"))
     q = device(p | {"input": dirty})
     given_ = (q["weight"], q["bias"], None, q["mask"])
     out, mean, var, count = OPS["forward"](q["input"], *given_, *form(p))
     found = OPS["backward"](
         q["grad_output"], q["input"], mean, var, count, *given_, *form(p), [True, True, True, False]
     )
-    close(out.cpu().masked_fill(holes, 0), want.out.masked_fill(holes, 0), torch.float32)
-    want.grads["input"] = want.grads["input"].masked_fill(holes, 0)
-    assert (found[0].cpu()[holes] == 0).all()
+    close(out.cpu().masked_fill(padding, 0), want.out.masked_fill(padding, 0), torch.float32)
+    want.grads["input"] = want.grads["input"].masked_fill(padding, 0)
+    assert (found[0].cpu()[padding] == 0).all()
     gradients_close(p, want, *found)
 
 
@@ -225,17 +225,17 @@ def test_only_the_gradients_asked_for(p, wanted, fixed):
     mean, var, count = reference.stats(q["input"], q["mask"], p["slice_size"])
     ends = (q["grad_output"], q["input"], mean, var, None if fixed else count, *given_, *form(p))
     full, some = OPS["backward"](*ends, [True] * 4), OPS["backward"](*ends, wanted)
-    for whole, part, want in zip(full, some, wanted, strict=True):
-        assert torch.equal(part, whole) if want else part.numel() == 0
+    for complete, part, want in zip(full, some, wanted, strict=True):
+        assert torch.equal(part, complete) if want else part.numel() == 0
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_the_same_bits_every_run(cut):
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_same_bits_every_run(partition):
     x = layout(torch.randn(3, 3, 5, 3), "channels_last").to(DEVICE)
     g = torch.randn_like(x)
     runs = []
     for _ in range(2):
-        with cutting(cut):
+        with partitioned(partition):
             out, mean, var, count = OPS["forward"](x, None, None, None, None, 1e-5, "silu", 0.0, 2)
             ends = (g, x, mean, var, count, None, None, None, None, 1e-5, "silu", 0.0, 2)
             runs.append((out, mean, var, OPS["backward"](*ends, [True] + [False] * 3)[0]))
@@ -357,5 +357,7 @@ class TestRegistration:
 
     @pytest.mark.parametrize("x", [torch.randn(0, 3, 4), torch.arange(12).view(2, 3, 2)])
     def test_what_the_kernels_do_not_cover_goes_to_the_reference(self, x):
-        for found, want in zip(register.chosen("stats")(x, None, 0), reference.stats(x, None, 0), strict=True):
+        for found, want in zip(
+            register.cuda_implementation("stats")(x, None, 0), reference.stats(x, None, 0), strict=True
+        ):
             assert torch.equal(found, want)

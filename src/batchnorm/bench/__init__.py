@@ -1,7 +1,7 @@
-"""How fast the layers are on this machine: `batchnorm bench`, and the pieces that benchmarks/ uses."""
+"""Measure how fast the layers are on this machine, for `batchnorm bench` and for benchmarks/."""
 
-from .layers import CASES, DTYPES, LAYOUTS, Problem, check_values, evaluation, measure, parse_shapes
-from .model import model_step, training_step
+from .layer_bench import CASES, DTYPES, LAYOUTS, Problem, check_values, evaluation, measure, parse_shapes
+from .model_bench import model_step, training_step
 from .run import bench, bench_model, show, show_model
 from .timing import DeviceClock, Timing, clock_of, geometric_mean, interleaved, machine
 

@@ -1,4 +1,4 @@
-"""The whole of `batchnorm bench`: what to time, the rows, the means, the table."""
+"""Run `batchnorm bench`: choose the problems, measure them, and make the tables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from .layers import CASES, DTYPES, LAYOUTS, SHAPES, SHAPES_CUDA, Problem, measure, parse_choice, parse_shapes
-from .model import map_tensors, model_step
+from .layer_bench import CASES, DTYPES, LAYOUTS, SHAPES, SHAPES_CUDA, Problem, measure, parse_choice, parse_shapes
+from .model_bench import map_tensors, model_step
 from .timing import geometric_mean, machine
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ def bench(
     seconds: float = 1.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Time the layers on this machine; lists are comma-separated, as on the command line.
+    """Time the layers on this machine. Lists are comma-separated, as on the command line.
 
-    On a GPU times are the device's own, the L2 cache emptied before each call, and torch is timed three times: as it
-    chooses (cuDNN or not), without cuDNN, and compiled.
+    On a GPU the times are measured by the device, with an empty L2 cache before each call. Torch is timed three times
+    there: with its own choice of cuDNN, without cuDNN, and compiled.
 
     Returns:
-        {"machine", "rows", "means"}: a row a shape, dtype, layout and case (see `measure`), and the geometric means of
-        their speedups by case and dtype.
+        {"machine", "rows", "means"}: one row for each shape, dtype, layout and case (see `measure`), and the geometric
+        means of the speedups by case and dtype.
 
     Raises:
-        UserError: an unknown word, a shape that is none, a device that is not there.
+        UserError: a word is unknown, a shape is not valid, or the device is missing.
     """
     _prepare(device, threads, seconds)
     problems = [
@@ -78,21 +78,26 @@ def bench_model(
     seconds: float = 1.0,
     dtypes: str = "float32",
 ) -> dict[str, Any]:
-    """A user's whole training step by layout and dtype: `model` names a factory, `() -> (model, example)`.
+    """Time a training step of a user's network by layout and dtype.
 
-    The forward runs under autocast where the dtype is bfloat16.
+    The forward uses autocast where the dtype is bfloat16.
+
+    Args:
+        model: the name of a factory, `() -> (model, example)`.
+
+    Returns:
+        {"machine", "model", "rows"}: one row for each layout and dtype (see `model_step`).
 
     Raises:
-        UserError: a factory that cannot be imported or returns something else; a network that does not run.
+        UserError: the factory cannot be imported or returns something else, or the network raises.
     """
     from ..factories import find_factory
 
-    ways = list(
-        product(parse_choice(layouts, LAYOUTS, "--layouts"), parse_choice(dtypes, ("float32", "bfloat16"), "--dtypes"))
-    )
+    chosen_layouts = parse_choice(layouts, LAYOUTS, "--layouts")
+    chosen_dtypes = parse_choice(dtypes, ("float32", "bfloat16"), "--dtypes")
     _prepare(device, threads, seconds)
     rows = []
-    for layout, dtype in ways:
+    for layout, dtype in product(chosen_layouts, chosen_dtypes):
         try:
             made = find_factory(model)()
         except UserError:
@@ -115,7 +120,7 @@ def _to(example: Any, device: str) -> Any:
 
 
 def show_model(result: dict[str, Any]) -> Table:
-    """The training step by layout, as a table for the terminal."""
+    """Make the table of a network's training step for the terminal."""
     from rich.table import Table
 
     facts = result["machine"]
@@ -140,7 +145,7 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> Table:
-    """The rows as a table for the terminal."""
+    """Make the table of the layers for the terminal."""
     from rich.table import Table
 
     facts, gpu = result["machine"], "cuda" in result["machine"]

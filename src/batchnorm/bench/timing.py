@@ -1,4 +1,4 @@
-"""Interleaved medians, and what a figure must not be quoted without."""
+"""Time functions interleaved, and describe the machine that the times belong to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .._version import __version__
 
 @dataclass(frozen=True)
 class Timing:
-    """20th, 50th and 80th percentile of one contender's seconds."""
+    """The 20th, 50th and 80th percentile of one function's seconds."""
 
     p20: float
     p50: float
@@ -29,47 +29,48 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def host_clock(function: Callable[[], object]) -> float:
-    """The seconds of one call."""
+    """Return the seconds that one call takes on the host."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 class DeviceClock:
-    """The seconds that a GPU is at work on one call, by its own events, its L2 cache emptied before.
+    """Measure the seconds that a GPU works on one call, by CUDA events, with an empty L2 cache before the call.
 
-    The device waits until the host has launched everything, so a slow host is no part of it: what the work costs in a
-    CUDA graph, or behind other work.
+    The GPU sleeps until the host has launched everything, so the time of the host is not included. The result is what
+    the work costs in a CUDA graph, or where the GPU is busy with earlier work.
     """
 
-    MOST = 20_000_000  # cycles, about 10 ms
+    MAX_CYCLES = 20_000_000  # about 10 ms
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._other = torch.zeros(cache, dtype=torch.float32, device="cuda")
+        self._flush = torch.zeros(cache, dtype=torch.float32, device="cuda")
         self._cycles = 200_000
 
     def __call__(self, function: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._other.sum()  # read, not written: nothing of it must go back to memory while the call runs
+        self._flush.sum()  # a read: after a write, the cache would write back to memory during the call
         torch.cuda._sleep(self._cycles)
         begin.record()
         host = host_clock(function)
         end.record()
         end.synchronize()
-        # a call that the host took longer over than the device slept was timed too long: sleep longer from now on
-        self._cycles = max(self._cycles, min(self.MOST, int(3e9 * host)))
+        # a host that is slower than the sleep makes the time too long: sleep longer at the next call
+        self._cycles = max(self._cycles, min(self.MAX_CYCLES, int(3e9 * host)))
         return begin.elapsed_time(end) / 1e3
 
 
 def clock_of(device: str) -> Clock:
+    """Return the clock for a device: "cpu" or "cuda"."""
     return DeviceClock() if device == "cuda" else host_clock
 
 
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], seconds: float, least: int = 7, clock: Clock = host_clock
 ) -> dict[str, Timing]:
-    """Each contender in turn, again and again, for about `seconds` in all."""
+    """Call the functions in turn for about `seconds` in total, at least `least` rounds. Returns the times of each."""
     spent: dict[str, list[float]] = {name: [] for name in contenders}
     for function in contenders.values():
         function()
@@ -88,7 +89,7 @@ def _percentiles(times: list[float]) -> Timing:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a figure must not be quoted without."""
+    """Describe the machine and the versions. A time has no meaning without them."""
     preload = os.environ.get("LD_PRELOAD", "")
     gpu = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _triton_version()}
     return (gpu if device == "cuda" else {}) | {
@@ -119,7 +120,7 @@ def processor() -> str:
 
 
 def compiled() -> bool:
-    """Whether the C++ kernels serve the CPU; without them the reference does, several times slower."""
+    """Return whether the C++ kernels compute on the CPU. If not, the reference does, which is several times slower."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("batchnorm::forward", "CPU"))
 
 

@@ -1,13 +1,14 @@
-"""Floor 2: where the moments come from. One small file a source; each is a pair of functions, adjoint to each other.
+"""The sources of the moments, one small file for each.
 
-masked and ghost statistics are arguments of the operators (`mask`, `slice_size`); what must happen between `stats` and
-`apply`, and between `backward_reduce` and `backward_elemt`, is here: synchronized, renormalized, merged.
+Masked and ghost statistics are arguments of the operators (`mask`, `slice_size`). Synchronized and renormalized
+statistics change the moments between `stats` and `apply`, and the sums between `backward_reduce` and `backward_elemt`.
+Each is a pair of functions: one for the moments, and its adjoint for the sums.
 """
 
 from .masked import flat_mask, lengths_to_mask
 from .merged import merge
-from .renorm import Renorm
-from .sourced import Moments, Reference, differentiable_batch_norm, sourced_batch_norm
+from .renorm import Reference, Renorm
+from .sourced import Moments, differentiable_batch_norm, sourced_batch_norm
 from .synchronized import ProcessGroupLike, check_group, resolve
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Masked statistics: which positions are real. The operators select them; here the mask gets its one form."""
+"""Masked statistics: convert a mask to the (N, S) form that the operators take."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def lengths_to_mask(lengths: Tensor, size: int) -> Tensor:
-    """True for the first `lengths[i]` of `size` positions of each sequence i.
+    """Make a mask that is True for the first `lengths[i]` of `size` positions of sequence i.
 
     Args:
-        lengths: (N,), integers, 0 to `size`.
+        lengths: (N,), integers from 0 to `size`.
         size: L, the padded length.
 
     Returns:
         (N, L) bool, a `mask` for an input of shape (N, C, L).
 
     Raises:
-        ValueError: lengths that are not a vector of integers.
+        ValueError: `lengths` is not a vector of integers.
     """
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be a vector of integers, got {lengths.dtype} of shape {tuple(lengths.shape)}")
@@ -25,13 +25,17 @@ def lengths_to_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def flat_mask(mask: Tensor, input: Tensor) -> Tensor:
-    """The mask of an input (N, C, *) as (N, S), S positions a sample.
+    """Convert the mask of an input (N, C, *) to (N, S), with S pixels per sample.
 
     Args:
-        mask: bool, the input's shape without axis 1, or with size 1 there, broadcastable to it.
+        mask: bool, True at valid pixels. Its shape is the input's without axis 1, or with size 1 there, or broadcasts
+            to that.
+
+    Returns:
+        (N, S) bool, contiguous.
 
     Raises:
-        ValueError: another dtype, or a shape that does not broadcast.
+        ValueError: another dtype or device, or a shape that does not broadcast.
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool (True = a real position), got {mask.dtype}: compare it first, mask > 0")
@@ -39,8 +43,8 @@ def flat_mask(mask: Tensor, input: Tensor) -> Tensor:
     wanted = (samples, 1, *spatial)
     full = mask if mask.dim() == input.dim() else None
     if mask.dim() < input.dim():
-        lacking = input.dim() - 1 - mask.dim()
-        full = mask.reshape((1,) * lacking + mask.shape).unsqueeze(1)
+        missing = input.dim() - 1 - mask.dim()
+        full = mask.reshape((1,) * missing + mask.shape).unsqueeze(1)
     if full is None or any(have != 1 and have != want for have, want in zip(full.shape, wanted, strict=True)):
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not fit the input of shape {tuple(input.shape)}: it must be "

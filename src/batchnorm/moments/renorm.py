@@ -1,8 +1,9 @@
-"""Batch renormalization: training normalizes as evaluation will, to within clipped corrections r and d."""
+"""Batch renormalization: training normalizes as evaluation does, within the bounds of the corrections r and d."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +11,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Renorm:
-    r"""The two bounds of batch renormalization, and when they are reached.
+    r"""The bounds of r and d in batch renormalization, and the steps in which they grow.
 
     .. math:: \hat x = \frac{x - \mu_B}{\sigma_B} r + d, \quad
         r = \mathrm{clip}\left(\frac{\sigma_B}{\sigma}, \frac{1}{r_{max}}, r_{max}\right), \quad
         d = \mathrm{clip}\left(\frac{\mu_B - \mu}{\sigma}, -d_{max}, d_{max}\right)
 
-    μ, σ are the running statistics before this batch, σ = √(var + ε); no gradient goes through r and d. With
+    μ and σ = √(var + ε) are the running statistics before this batch. r and d are constants for the gradient. With
     ``r_max=1, d_max=0`` this is batch normalization.
 
     Args:
-        r_max: ≥ 1; bound of r.
-        d_max: ≥ 0; bound of d, in standard deviations.
-        r_steps: (first, last) step between which the bound of r grows linearly from 1 to ``r_max``; None: ``r_max``
-            from the start. Steps are counted by ``num_batches_tracked``, so a checkpoint resumes the schedule.
-        d_steps: the same for d, from 0 to ``d_max``.
+        r_max: bound of r, at least 1.
+        d_max: bound of d in standard deviations, at least 0.
+        r_steps: (first, last): between these steps the bound of r grows linearly from 1 to ``r_max``. None: the bound
+            is ``r_max`` from the start. ``num_batches_tracked`` counts the steps, so a checkpoint resumes the schedule.
+        d_steps: the same for the bound of d, from 0 to ``d_max``.
 
     Raises:
-        ValueError: bounds or steps out of range.
+        ValueError: bounds or steps are out of range.
 
-    Source: Ioffe 2017, https://arxiv.org/abs/1702.03275; `Renorm.paper()` is its schedule.
+    Source: Ioffe 2017, https://arxiv.org/abs/1702.03275. `Renorm.paper()` is its schedule.
     """
 
     r_max: float = 3.0
@@ -48,11 +49,11 @@ class Renorm:
 
     @classmethod
     def paper(cls) -> Renorm:
-        """Batch normalization for 5,000 steps, then r up to 3 by step 40,000 and d up to 5 by step 25,000."""
+        """Return the paper's schedule: no correction until step 5,000, r up to 3 at 40,000 and d up to 5 at 25,000."""
         return cls(3.0, 5.0, (5_000, 40_000), (5_000, 25_000))
 
     def bounds(self, step: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
-        """(r_max, d_max) at a step; on the step's device, without a synchronization."""
+        """Compute the bounds of r and of d at a step, on the step's device: the host does not wait for it."""
         return (
             1.0 + (self.r_max - 1.0) * _progress(step, self.r_steps),
             self.d_max * _progress(step, self.d_steps),
@@ -67,38 +68,48 @@ def _progress(step: Tensor | None, steps: tuple[int, int] | None) -> float | Ten
     return ((step.double() - steps[0]) / (steps[1] - steps[0])).clamp(0.0, 1.0)
 
 
-def corrections(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    bounds: tuple[float | Tensor, float | Tensor],
-) -> tuple[Tensor, Tensor]:
-    """r and d, (R, C) float64, without gradient."""
-    r_max, d_max = (torch.as_tensor(b, dtype=torch.float64, device=mean.device) for b in bounds)
-    spread = (running_var.detach().double() + eps).sqrt()
-    r = ((var.detach() + eps).sqrt() / spread).clamp(1 / r_max, r_max)
-    d = ((mean.detach() - running_mean.detach().double()) / spread).clamp(-d_max, d_max)
+class Reference(NamedTuple):
+    """The running statistics before this batch, which renormalization corrects toward, and the bounds of r and d."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    bounds: tuple[float | Tensor, float | Tensor]
+
+
+def corrections(mean: Tensor, var: Tensor, against: Reference, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute r and d, (R, C) float64, as constants for the gradient."""
+    r_max, d_max = (torch.as_tensor(b, dtype=torch.float64, device=mean.device) for b in against.bounds)
+    running_std = (against.running_var.detach().double() + eps).sqrt()
+    r = ((var.detach() + eps).sqrt() / running_std).clamp(1 / r_max, r_max)
+    d = ((mean.detach() - against.running_mean.detach().double()) / running_std).clamp(-d_max, d_max)
     return r, d
 
 
 def renormalize(mean: Tensor, var: Tensor, r: Tensor, d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The moments with which plain normalization gives x̂·r + d: μ − dσ/r, and a variance of σ²/r² (with its ε)."""
-    total = var + eps
-    return mean - d * total.sqrt() / r, total / r.square() - eps
+    """Compute the moments with which batch normalization gives x̂·r + d.
+
+    mean′ = mean − d·σ/r and var′ + ε = σ²/r², with σ² = var + ε.
+    """
+    var_eps = var + eps
+    return mean - d * var_eps.sqrt() / r, var_eps / r.square() - eps
 
 
 def renormalize_adjoint(
     sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, r: Tensor, d: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The sums for dx, from the sums about the renormalized mean and variance.
+    """Compute the sums that `backward_elemt` needs, from the sums with the renormalized moments.
 
-    With s' = r·s and δ = μ' − μ = −d/s', Σdz(x−μ) = S₂' + δS₁; dx needs dz − S₁/n − (x−μ)s²S₂/n, in which
-    x − μ = (x − μ') + δ.
+    The batch has mean and s = invstd. The renormalized moments are mean′ = mean + δ and s′ = r·s, with δ = −d/s′.
+    The batch's second sum is S₂ = Σ dz·(x − mean) = sum_dy_xmu + δ·sum_dy, and the gradient of x contains
+    dz − sum_dy/n − (x − mean)·s²·S₂/n. `backward_elemt` computes this with x − mean′ and s′. Hence x − mean is
+    replaced by (x − mean′) + δ, and s² by s′²/r².
+
+    Args:
+        sum_dy, sum_dy_xmu: Σ dz and Σ dz·(x − mean′).
+        var: the renormalized variance.
     """
     invstd = (var + eps).rsqrt()
-    shift = -d / invstd
-    about_batch_mean = sum_dy_xmu + shift * sum_dy
-    along = about_batch_mean / r.square()
-    return sum_dy + shift * invstd.square() * along, along
+    delta = -d / invstd
+    batch_sum_dy_xmu = sum_dy_xmu + delta * sum_dy
+    sum_dy_xmu = batch_sum_dy_xmu / r.square()
+    return sum_dy + delta * invstd.square() * sum_dy_xmu, sum_dy_xmu

@@ -1,14 +1,15 @@
-"""Normalization whose moments pass through a source between `stats` and `apply`: synchronized, renormalized, both."""
+"""Normalization with moments that change between `stats` and `apply`: synchronized, renormalized, or both."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import Form, fused, reference
-from .renorm import corrections, renormalize, renormalize_adjoint
+from ..ops.autograd import differentiable_gradients
+from .renorm import Reference, corrections, renormalize, renormalize_adjoint
 from .synchronized import Group, share_slices, synchronize, synchronize_adjoint
 
 _stats = torch.ops.batchnorm.stats.default
@@ -19,16 +20,11 @@ _backward_elemt = torch.ops.batchnorm.backward_elemt.default
 Moments = tuple[Tensor, Tensor, Tensor]
 
 
-class Reference(NamedTuple):
-    """What renormalization is held against: the running statistics before this batch, and its bounds."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    bounds: tuple[float | Tensor, float | Tensor]
-
-
 class _Sourced(torch.autograd.Function):
-    """`apply` with moments that came from the batch: the gradient passes through them by the source's adjoint."""
+    """Compute `apply` with moments that depend on the batch.
+
+    The gradient through the moments uses the adjoint of their source.
+    """
 
     @staticmethod
     def forward(
@@ -64,7 +60,9 @@ class _Sourced(torch.autograd.Function):
         arguments = (grad_output, input, mean, var, weight, bias, residual, mask)
         sum_dy, sum_dy_xmu = _backward_reduce(*arguments, *form)
         grad_weight, grad_bias = fused.grad_affine_vectors(sum_dy, sum_dy_xmu, var, form.eps)
-        if ctx.group is not None:  # every rank, whatever it needs itself: the number of collectives must agree
+        if (
+            ctx.group is not None
+        ):  # on every rank, also one that needs no gradient: all ranks must make the same collectives
             sum_dy, sum_dy_xmu = synchronize_adjoint(sum_dy, sum_dy_xmu, ctx.group)
         if r is not None:
             sum_dy, sum_dy_xmu = renormalize_adjoint(sum_dy, sum_dy_xmu, var, r, d, form.eps)
@@ -86,23 +84,15 @@ class _Sourced(torch.autograd.Function):
 
 
 def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The reference, differentiated by autograd as often as wanted; r and d stay the constants they were."""
+    """Compute gradients that can be differentiated again. r and d are constants, as in the first derivative."""
     input, weight, bias, residual, mask, _, _, _, r, d = ctx.saved_tensors
     if ctx.group is not None:
         raise NotImplementedError("second derivatives through synchronized statistics: use process_group=None for them")
-    eps, slice_size = ctx.form.eps, ctx.form.slice_size
-    mean, var, _ = reference.stats(input, mask, slice_size)
+    mean, var, _ = reference.stats(input, mask, ctx.form.slice_size)
     if r is not None:
-        mean, var = renormalize(mean, var, r, d, eps)
-    out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *ctx.form)
-    tensors = (input, weight, bias, residual)
-    wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=False) if need and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
-    grads = [
-        next(found) if need and t is not None else None for t, need in zip(tensors, ctx.needs_input_grad, strict=False)
-    ]
-    if ctx.needs_input_grad[3] and grads[3] is None:
-        grads[3] = grad_output
+        mean, var = renormalize(mean, var, r, d, ctx.form.eps)
+    tensors, needs = (input, weight, bias, residual), ctx.needs_input_grad[:4]
+    grads = differentiable_gradients(grad_output, tensors, mask, (mean, var), ctx.form, needs)
     return (*grads, *(None,) * 11)
 
 
@@ -116,14 +106,18 @@ def differentiable_batch_norm(
     group: Group | None,
     against: Reference | None,
 ) -> tuple[Tensor, Moments]:
-    """The same in differentiable aten operators alone: for vmap, forward mode and exported training programs."""
+    """Compute `sourced_batch_norm` in differentiable aten operators only, for vmap, forward mode and export.
+
+    Raises:
+        NotImplementedError: with a group, because a collective has no rule under these transforms.
+    """
     if group is not None:
         raise NotImplementedError("synchronized statistics under vmap, forward mode or export: use process_group=None")
     eps, slice_size = form.eps, form.slice_size
     mean, var, count = reference.stats(input, mask, slice_size)
     moments = (mean.detach(), var.detach(), count)
     if against is not None:
-        r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
+        r, d = corrections(mean, var, against, eps)
         mean, var = renormalize(mean, var, r, d, eps)
     return reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form), moments
 
@@ -138,21 +132,21 @@ def sourced_batch_norm(
     group: Group | None,
     against: Reference | None,
 ) -> tuple[Tensor, Moments]:
-    """The output, and the moments by which the buffers move: those of the joined batch, before renormalization.
+    """Compute the output, and the moments that update the buffers.
 
-    Ghost slices (`slice_size` > 0) never cross ranks: with a group they are normalized where they are, and the group
-    shares what the buffers get.
+    These moments are the ones before renormalization, of the batches of all ranks together. A ghost slice
+    (`slice_size` > 0) belongs to one rank, which normalizes it with its own moments; only the update of the buffers is
+    shared with the group.
     """
     eps, slice_size = form.eps, form.slice_size
-    detached = input.detach()
-    mean, var, count = moments = _stats(detached, mask, slice_size)
+    mean, var, count = moments = _stats(input.detach(), mask, slice_size)
     if group is not None and slice_size:
         moments = share_slices(mean, var, count, group)
     elif group is not None:
         mean, var, count = moments = synchronize(mean, var, count, group)
     r = d = None
     if against is not None:
-        r, d = corrections(mean, var, against.running_mean, against.running_var, eps, against.bounds)
+        r, d = corrections(mean, var, against, eps)
         mean, var = renormalize(mean, var, r, d, eps)
     adjoint_group = None if slice_size else group
     out = _Sourced.apply(input, weight, bias, residual, mask, mean, var, count, r, d, adjoint_group, *form)

@@ -1,4 +1,4 @@
-"""Synchronized statistics: one collective in the forward, one in the backward, on any backend."""
+"""Synchronized statistics: one collective in the forward and one in the backward, with any backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ ProcessGroupLike = Any  # "world", a group's name, or a torch.distributed.Proces
 
 
 def check_group(process_group: ProcessGroupLike) -> None:
-    """Refuse what can never be a group; whether it exists is known when it is used."""
+    """Check that the argument can be a process group. Whether the group exists is checked at its first use.
+
+    Raises:
+        ValueError: the argument is no group, or this process is not a member of it.
+    """
     if process_group is None or isinstance(process_group, str):
         return
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -27,16 +31,19 @@ def check_group(process_group: ProcessGroupLike) -> None:
 
 
 class Group(NamedTuple):
-    """What a compiled graph can carry of a process group."""
+    """A process group as constants that a compiled graph can hold."""
 
     name: str
     ranks: int
 
 
 def resolve(process_group: ProcessGroupLike) -> Group | None:
-    """The group to synchronize over; None where statistics stay local.
+    """Find the group to synchronize over. Returns None where there is one rank only.
 
-    'world' without an initialized torch.distributed is this process alone, as with torch's SyncBatchNorm.
+    'world' without an initialized torch.distributed means one rank, as for torch.nn.SyncBatchNorm.
+
+    Raises:
+        RuntimeError: another group, and torch.distributed is not initialized.
     """
     if process_group is None:
         return None
@@ -53,23 +60,27 @@ def resolve(process_group: ProcessGroupLike) -> Group | None:
 
 
 def synchronize(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments of the joined batch, ranks with an empty batch included: one all-gather of 2C+1 doubles.
+    """Compute the moments of the batches of all ranks together, by one all-gather of 2C+1 doubles.
 
-    Gathered and merged rather than summed: a sum of squares over ranks would cancel where the mean is large, and every
-    rank merges the same rows in the same order, so that all hold the same bits.
+    A rank may have an empty batch. The moments are gathered and merged, not summed, because in a sum of squares digits
+    would cancel where the mean is large. Every rank merges the same rows in the same order, so all have the same bits.
     """
     packed = torch.cat([mean, var, count.unsqueeze(1)], 1)
-    everywhere = torch.ops._c10d_functional.all_gather_into_tensor(packed, group.ranks, group.name)
-    rows = torch.ops._c10d_functional.wait_tensor(everywhere)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(packed, group.ranks, group.name)
+    rows = torch.ops._c10d_functional.wait_tensor(gathered)
     channels = mean.size(1)
     return merge(rows[:, :channels], rows[:, channels : 2 * channels], rows[:, 2 * channels])
 
 
 def share_slices(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """One row that moves the buffers as the slices of all ranks together would; ranks may have different numbers.
+    """Compute one row of moments that updates the buffers as the ghost slices of all ranks together would.
 
-    The buffers take Σnμ/Σn and Σnσ²/Σ(n−1) over slices: sums, so one all-reduce of 2C+2 doubles. The row returned has
-    n values and the biased variance that the unbiased one belongs to.
+    The buffers need Σnμ/Σn and Σnσ²/Σ(n−1) over slices. These are sums, so one all-reduce of 2C+2 doubles is enough.
+    Ranks may have different numbers of slices.
+
+    Returns:
+        mean (1, C), biased variance (1, C) and count (1,). The count is 0 where every slice of every rank has a single
+        value, because there is no variance then.
     """
     n = count.unsqueeze(1)
     freedom = (count - 1).clamp(min=0).sum()
@@ -79,12 +90,12 @@ def share_slices(mean: Tensor, var: Tensor, count: Tensor, group: Group) -> tupl
     channels = mean.size(1)
     unbiased = sums[channels:-2] / freedom.clamp(min=1)
     biased = unbiased * (total - 1).clamp(min=0) / total.clamp(min=1)
-    counted = total * (freedom > 0)  # one value a slice, everywhere: no variance to move the buffers by
-    return (sums[:channels] / total.clamp(min=1)).unsqueeze(0), biased.unsqueeze(0), counted.view(1)
+    count = total * (freedom > 0)
+    return (sums[:channels] / total.clamp(min=1)).unsqueeze(0), biased.unsqueeze(0), count.view(1)
 
 
 def synchronize_adjoint(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Both sums over all ranks: one all-reduce of 2C doubles."""
+    """Sum both sums over all ranks, by one all-reduce of 2C doubles."""
     reduced = _all_reduce(torch.cat([sum_dy, sum_dy_xmu], 1), group)
     return reduced[:, : sum_dy.size(1)], reduced[:, sum_dy.size(1) :]
 

@@ -1,6 +1,10 @@
-"""Floor 1: the operators, their meaning, and their derivatives. Knows of no layer and no variant."""
+"""The operators `torch.ops.batchnorm.*`: their schemas, their meaning, their kernels and their derivatives.
 
-# schemas defines torch.ops.batchnorm: must come before autograd, which looks the names up; extension takes the CPU
+This package knows no layer and no variant.
+"""
+
+# `schemas` comes before `autograd`: it defines torch.ops.batchnorm, in which `autograd` looks the operators up.
+# `extension` loads the compiled CPU kernels.
 from . import extension, schemas
 from .activations import ACTIVATIONS, activate
 from .autograd import (

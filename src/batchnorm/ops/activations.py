@@ -1,4 +1,8 @@
-"""The activations that the affine step can be fused with: value and derivative, as functions of its result z."""
+"""The activations that the operators compute after the affine step: value and derivative, as functions of z.
+
+`ACTIVATIONS` is the list of their names. `pairs.py` (module types) and `triton/activations.py` (device code) have the
+same names, which tests/ops/test_activations.py checks.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from torch.nn import functional as F
 
 
 class Activation(NamedTuple):
-    """One activation: `value(z, negative_slope)` and `slope(z, negative_slope)` = d value / dz.
+    """One activation: `value(z, negative_slope)` and its derivative `slope(z, negative_slope)`.
 
-    At a kink the derivative is the one PyTorch takes (0 at a ReLU's zero).
+    At a kink the derivative is the one that PyTorch takes, for example 0 for ReLU at z = 0.
     """
 
     value: Callable[[Tensor, float], Tensor]
@@ -45,5 +49,5 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """`activation(z)`; the empty name is the identity."""
+    """Compute activation(z). The empty name is the identity."""
     return ACTIVATIONS[activation].value(z, negative_slope) if activation else z

@@ -1,12 +1,12 @@
-"""Reverse-mode derivatives of the fused operators, derived by hand in docs/derivation.md.
+"""Reverse-mode derivatives of the operators. docs/derivation.md derives them.
 
-Nothing but the input, the moments and the small vectors is kept for the backward: what an activation's derivative
-needs (its argument z) is computed again from them, so BN with an activation saves no more than BN alone.
+The forward saves the input, the moments and the vectors of weight and bias. The backward recomputes z, the argument of
+the activation, from them. So batch normalization with an activation saves no more memory than without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,42 +16,42 @@ from . import extension, reference
 from .form import Form
 from .layout import dense
 
-# The dispatcher resolves a name once; per call that look-up would cost as much as a small kernel.
+# The names are looked up once, because each look-up would cost as much as a small kernel.
 _forward = torch.ops.batchnorm.forward.default
 _forward_update_running_ = torch.ops.batchnorm.forward_update_running_.default
 _apply = torch.ops.batchnorm.apply.default
 _backward = torch.ops.batchnorm.backward.default
 _forward_inplace_ = torch.ops.batchnorm.forward_inplace_.default
 _backward_inplace = torch.ops.batchnorm.backward_inplace.default
-# the pair that packs and unpacks what is saved for a backward, or None
+# Returns the hooks (pack, unpack) on tensors that are saved for a backward, or None.
 _saved_tensors_hooks: Callable[[bool], object] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def _second_order(
+def differentiable_gradients(
     grad_output: Tensor,
-    saved: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    mask: Tensor | None,
+    moments: tuple[Tensor, Tensor],
     form: Form,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The same four gradients as functions that can be differentiated again (`create_graph=True`).
+    """Compute gradients that can be differentiated again (`create_graph=True`).
 
-    The reference is made of differentiable aten operators, so autograd derives these from it.
+    Autograd derives them from the reference, which consists of differentiable aten operators.
+
+    Args:
+        tensors: input, weight, bias and residual.
+        moments: mean and var, as differentiable functions of the input where they depend on it.
+        needs: which gradients of `tensors` are needed.
     """
-    input, mean, var, count, weight, bias, residual, mask = saved
-    assert input is not None
-    assert mean is not None
-    assert var is not None
-    if count is not None:
-        mean, var, _ = reference.stats(input, mask, form.slice_size)
-    out = reference.apply_around_padding(input, mask, mean, var, weight, bias, residual, *form)
-    wanted = [t for t, need in zip((input, weight, bias, residual), needs, strict=True) if need and t is not None]
-    if not wanted:  # a residual alone, which without an activation is not saved
-        return [None] * 4
-    grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True))
-    return [
-        next(grads) if need and t is not None else None
-        for t, need in zip((input, weight, bias, residual), needs, strict=True)
-    ]
+    input, *affine = tensors
+    out = reference.apply_around_padding(input, mask, *moments, *affine, *form)
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    grads = iter(torch.autograd.grad(out, wanted, grad_output, create_graph=True) if wanted else ())
+    found = [next(grads) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)]
+    if needs[3] and found[3] is None:  # without an activation the residual is not saved: its gradient is grad_output
+        found[3] = grad_output
+    return found
 
 
 def gradients(
@@ -60,16 +60,23 @@ def gradients(
     form: Form,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Those of input, weight, bias and residual, where needed. `count` None means frozen statistics.
+    """Compute the gradients of input, weight, bias and residual, as far as they are needed.
 
-    csrc/autograd comes here too where they are to be differentiated again.
+    csrc/autograd calls this function too, for gradients that are differentiated again.
+
+    Args:
+        saved: input, mean, var, count, weight, bias, residual and mask. `count` is None for fixed statistics.
     """
-    form = Form(*form)  # from C++ a plain tuple
+    form = Form(*form)  # csrc/autograd passes a plain tuple
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _second_order(grad_output, saved, form, needs)
-        if needs[3] and grads[3] is None:
-            grads[3] = grad_output
-        return grads
+        input, mean, var, count, weight, bias, residual, mask = saved
+        assert input is not None
+        assert mean is not None
+        assert var is not None
+        if count is not None:
+            mean, var, _ = reference.stats(input, mask, form.slice_size)
+        tensors = (input, weight, bias, residual)
+        return differentiable_gradients(grad_output, tensors, mask, (mean, var), form, needs)
     through_activation = needs[3] and form.activation != ""
     found = _backward(grad_output, *saved, *form, [*needs[:3], through_activation])
     grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
@@ -79,7 +86,7 @@ def gradients(
 
 
 class _Function(torch.autograd.Function):
-    """What the three functions below share: the backward."""
+    """The backward that the functions below share."""
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -90,7 +97,10 @@ class _Function(torch.autograd.Function):
 
 
 class BatchStatistics(_Function):
-    """`forward` with the batch's own moments, which are returned beside the output and are not differentiable."""
+    """Compute `forward`. Returns the output, mean, var and count.
+
+    The moments are not differentiable outputs: the gradient of the output contains the gradient through them.
+    """
 
     @staticmethod
     def forward(
@@ -115,10 +125,11 @@ class BatchStatistics(_Function):
 
 
 class TrainingCall(_Function):
-    """`BatchStatistics` that moves the buffers (running_mean, running_var, num_batches_tracked) and returns the output.
+    """Compute `forward_update_running_`. Returns the output.
 
-    In a tuple the buffers are no inputs to autograd, which has less to look at: a small tensor's call is all overhead.
-    For eager calls only: a compiler must see what is written to.
+    `buffers` are (running_mean, running_var, num_batches_tracked). Autograd does not look into a tuple, so they are not
+    its inputs, which makes the call of a small tensor cheaper. Only eager calls may use this function, because a
+    compiler has to know which tensors are written.
     """
 
     @staticmethod
@@ -144,7 +155,7 @@ class TrainingCall(_Function):
 
 
 class InPlaceCall(torch.autograd.Function):
-    """`TrainingCall` whose output takes the input's place, and is what the backward keeps instead of it.
+    """Compute `TrainingCall`, and write the output to the input. The backward recomputes the input from the output.
 
     Source: Rota Bulò, Porzi & Kontschieder 2018, https://arxiv.org/abs/1712.02616; docs/in-place.md.
     """
@@ -181,15 +192,16 @@ class InPlaceCall(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
-# How far β may lie beyond γ: x̂ = (z − β)/γ carries |β/γ| roundings of z (docs/in-place.md).
-_MOST, _MOST_OF_HALF = 128.0, 4.0
+# Limits of |bias/weight|: the rounding error of x̂ = (z − bias)/weight grows in proportion to it (docs/in-place.md).
+_MAX_RATIO, _MAX_RATIO_16_BIT = 128.0, 4.0
 
 
 def may_overwrite(input: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> bool:
-    """Whether an output may take this input's place: it is nobody else's, and the backward can undo what is done.
+    """Return whether the output may be written to the input.
 
-    Only where there is something to save, so never a batch of data; and never under hooks on saved tensors: activation
-    checkpointing would find the output where it left an input, and take it for one.
+    No other code may use the input, and the backward must be able to recompute it from the output. A leaf (a batch of
+    data) is never overwritten. Nor is any input under hooks on saved tensors, because activation checkpointing would
+    use the output as the input when it recomputes.
     """
     needed = extension.LOADED and torch.is_grad_enabled() and input.requires_grad and input.device.type == "cpu"
     if not needed or input.is_leaf or input._is_view() or dense(input) is not input or _saved_tensors_hooks(False):
@@ -198,14 +210,14 @@ def may_overwrite(input: Tensor, weight: Tensor | None, bias: Tensor | None, for
         return False
     if weight is None and bias is None:
         return True
-    most = _MOST_OF_HALF if input.dtype.itemsize == 2 else _MOST
-    gamma = torch.ones(()) if weight is None else weight.detach().abs()
-    beta = torch.zeros(()) if bias is None else bias.detach().abs()
-    return bool((beta < most * gamma).all())
+    limit = _MAX_RATIO_16_BIT if input.dtype.itemsize == 2 else _MAX_RATIO
+    scale = torch.ones(()) if weight is None else weight.detach().abs()
+    shift = torch.zeros(()) if bias is None else bias.detach().abs()
+    return bool((shift < limit * scale).all())
 
 
 class FixedStatistics(_Function):
-    """`apply` with given moments (running, frozen): the gradient does not pass through them."""
+    """Compute `apply` with fixed moments (running statistics). They get no gradient."""
 
     @staticmethod
     def forward(
@@ -222,7 +234,7 @@ class FixedStatistics(_Function):
         negative_slope: float,
     ) -> Tensor:
         form = Form(eps, activation, negative_slope)
-        # copies: the buffers may move before the backward reads them (another forward, DDP's broadcast)
+        # copies, because another forward or DDP's broadcast may write the buffers before the backward reads them
         mean, var = mean.double().clone(), var.double().clone()
         ctx.save_for_backward(input, mean, var, None, weight, bias, residual if activation else None, mask)
         ctx.form, ctx.inputs = form, 10
@@ -243,21 +255,22 @@ def python_training_call(
     skip_nonfinite: bool,
     *form: Any,
 ) -> Tensor:
+    """Call `TrainingCall` with the arguments of `training_call`."""
     buffers = (running_mean, running_var, num_batches_tracked)
     return TrainingCall.apply(input, weight, bias, residual, mask, buffers, momentum, skip_nonfinite, Form(*form))
 
 
 _compiled = extension.autograd_module(torch.__version__)
 
-# `TrainingCall` with all its arguments in a row, in C++ where that was built
+# The arguments of `TrainingCall` as one flat list; implemented in C++ where csrc/autograd was built.
 training_call: Callable[..., Tensor] = python_training_call if _compiled is None else _compiled.training_call
-# The same for (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, *form) that
-# surely pass validation.py, where nothing traces, transforms or recomputes the call; None where that is not sure.
+# The same for (input, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, *form). It
+# returns None for arguments that validation.py might refuse, and where the call is traced, transformed or recomputed.
 plain_training_call: Callable[..., Tensor | None] = (
     (lambda *_: None) if _compiled is None else _compiled.plain_training_call
 )
-# `apply` and `FixedStatistics` likewise: (input, weight, bias, residual, running_mean, running_var, eps, activation,
-# negative_slope)
+# `apply` or `FixedStatistics` under the same condition, for (input, weight, bias, residual, running_mean, running_var,
+# eps, activation, negative_slope).
 plain_running_call: Callable[..., Tensor | None] = (
     (lambda *_: None) if _compiled is None else _compiled.plain_running_call
 )

@@ -1,4 +1,4 @@
-"""Loads the compiled CPU kernels, where they were built. They register themselves under the operators' names."""
+"""Load the compiled CPU kernels, if they were built. They register themselves under the operators' names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBLEM = "was not built"
 
 
 def load() -> bool:
-    """Whether the compiled kernels serve the CPU; without them the reference does."""
+    """Load the compiled kernels. Returns whether they serve the CPU; the reference does if not."""
     global LOADED, PROBLEM
     if LOADED:
         return True
@@ -32,10 +32,13 @@ def load() -> bool:
 
 
 def autograd_module(torch_version: str) -> ModuleType | None:
-    """The training call in C++ (csrc/autograd), if there is one that was built against this torch.
+    """Import the autograd calls in C++ (csrc/autograd) that were built against this version of torch.
 
-    It uses torch's own ABI, which holds for one version: opened by another, it might crash rather than fail. So the
-    name says which, and no other is looked for. Nobody has to know: without it the same work is done from Python.
+    They use torch's C++ ABI, which differs between versions: another version might crash instead of raising an error.
+    Hence the file name contains the version, and only the file of this version is imported.
+
+    Returns:
+        The module; None where it was not built. Python code then does the same work.
     """
     try:
         return importlib.import_module("batchnorm._autograd_" + re.sub(r"\W", "_", torch_version))
@@ -45,7 +48,10 @@ def autograd_module(torch_version: str) -> ModuleType | None:
 
 @functools.cache
 def say_slower() -> None:
-    """Say once, when the reference first serves a CPU tensor: an import alone, or a GPU, needs no kernels."""
+    """Log a warning once, when the reference first computes on a CPU tensor.
+
+    The import of this module does not log it, because a program that only uses a GPU needs no CPU kernels.
+    """
     logging.getLogger("batchnorm").warning(
         "the compiled CPU kernels are missing: results are the same, CPU tensors are slower. The extension %s; "
         "reinstall batchnorm with a C++ compiler at hand",
@@ -54,11 +60,15 @@ def say_slower() -> None:
 
 
 def empty_cache() -> int:
-    """Give the memory that large outputs left behind back to the system; returns the bytes freed.
+    """Give cached memory of large outputs back to the system.
 
-    Outputs of 1 MiB and more on the CPU come from blocks that are kept for the next output of their size: the system
-    would zero the pages of fresh ones. Idle blocks go by themselves after ten seconds (looked at when the next output
-    is made or freed) or beyond ``BATCHNORM_CACHE_MIB`` (read once; an eighth of the machine's memory; 0 keeps none).
+    Outputs of 1 MiB and more on the CPU use cached blocks. A freed block is cached for the next output of its size,
+    because the system would have to zero the pages of a new block. A block that is idle for ten seconds is freed when
+    the next output is allocated or freed. ``BATCHNORM_CACHE_MIB`` limits the size of the cache: it is read once, the
+    default is an eighth of the machine's memory, and 0 turns the cache off.
+
+    Returns:
+        The number of bytes that were freed.
     """
     return int(torch.ops.batchnorm.empty_cache()) if LOADED else 0
 

@@ -1,4 +1,4 @@
-"""What the fused operators take by value, beside their tensors."""
+"""The arguments of the operators that are numbers and words, not tensors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Form(NamedTuple):
-    """The last four arguments of `apply`, `forward` and `backward`, in their order."""
+    """Four arguments that `apply`, `forward` and `backward` share, in the order of their schemas."""
 
     eps: float
-    activation: str = ""  # empty: none
-    negative_slope: float = 0.01  # of "leaky_relu"
-    slice_size: int = 0  # samples a slice has its own statistics for; 0: the whole batch
+    activation: str = ""  # empty: no activation
+    negative_slope: float = 0.01  # only "leaky_relu" reads it
+    slice_size: int = 0  # samples per ghost slice, each with its own statistics; 0: one slice, the entire batch

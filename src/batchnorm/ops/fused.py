@@ -1,4 +1,4 @@
-"""What the fused operators mean: compositions of the four primitives, and the update of the buffers."""
+"""The definition of the fused operators: compositions of the four primitives, and the update of the buffers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def forward(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `stats`, then `apply`. Returns the output, mean, var and count."""
     if input.device.type == "cpu" and not extension.LOADED:
         extension.say_slower()
     mean, var, count = reference.stats(input, mask, slice_size)
@@ -29,7 +30,7 @@ def forward(
 
 
 def grad_affine_vectors(sum_dy: Tensor, sum_dy_xmu: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(Σ dz·x̂, Σ dz), the gradients of weight and bias, from the rows of sums."""
+    """Compute the gradients of weight, Σ dz·x̂, and of bias, Σ dz, from the (R, C) sums. Both are (C,) float64."""
     invstd = (var.double().reshape(-1, var.size(-1)) + eps).rsqrt()
     return (sum_dy_xmu * invstd).sum(0), sum_dy.sum(0)
 
@@ -50,31 +51,29 @@ def backward(
     slice_size: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `backward_reduce`, then `backward_elemt`, as far as `output_mask` asks.
+
+    Args:
+        count: values of each slice; None where the moments do not depend on x (running statistics).
+        output_mask: which gradients are wanted, of input, weight, bias and residual.
+
+    Returns:
+        The four gradients; an empty tensor for one that is not wanted.
+    """
     empty = input.new_empty(0)
     grad_input, grad_weight, grad_bias, grad_residual = empty, empty, empty, empty
     sum_dy = sum_dy_xmu = None
     if output_mask[1] or output_mask[2] or (output_mask[0] and count is not None):
         sum_dy, sum_dy_xmu = reference.backward_reduce(
-            grad_output,
-            input,
-            mean,
-            var,
-            weight,
-            bias,
-            residual,
-            mask,
-            eps,
-            activation,
-            negative_slope,
-            slice_size,
+            grad_output, input, mean, var, weight, bias, residual, mask, eps, activation, negative_slope, slice_size
         )
-        along_weight, along_bias = grad_affine_vectors(sum_dy, sum_dy_xmu, var, eps)
+        weight_sum, bias_sum = grad_affine_vectors(sum_dy, sum_dy_xmu, var, eps)
         if output_mask[1] and weight is not None:
-            grad_weight = along_weight.to(weight.dtype)
+            grad_weight = weight_sum.to(weight.dtype)
         if output_mask[2] and bias is not None:
-            grad_bias = along_bias.to(bias.dtype)
+            grad_bias = bias_sum.to(bias.dtype)
     if output_mask[0] or output_mask[3]:
-        count = count if sum_dy is not None else None  # without the sums nothing passes through the moments
+        count = count if sum_dy is not None else None  # `backward_elemt` needs the sums wherever it gets a count
         grad_input, grad_residual = reference.backward_elemt(
             grad_output, input, mean, var, weight, bias, residual, mask, sum_dy, sum_dy_xmu, count,
             eps, activation, negative_slope, slice_size, output_mask[3],
@@ -83,9 +82,13 @@ def backward(
 
 
 def pooled(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One row from R: Σnₖμₖ/Σnₖ, the pooled unbiased variance Σnₖσₖ²/Σ(nₖ−1), and Σ(nₖ−1).
+    """Compute the moments that update the running statistics, from the (R, C) moments of R slices.
 
-    A single row gives its mean and σ²·n/(n−1): torch's convention for the buffers.
+    mean = Σnₖμₖ/Σnₖ and the pooled unbiased variance Σnₖσₖ²/Σ(nₖ−1). One slice gives its mean and σ²·n/(n−1), which is
+    torch's convention.
+
+    Returns:
+        mean (C,), unbiased variance (C,), and the degrees of freedom Σ(nₖ−1), a scalar.
     """
     n = count.unsqueeze(1)
     freedom = (count - 1).clamp(min=0).sum()
@@ -94,13 +97,13 @@ def pooled(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def all_finite(mean: Tensor, var: Tensor, buffer: Tensor | None) -> Tensor:
-    """Whether every pooled moment is finite, and still is in the dtype of the buffer that is to hold it."""
+    """Return whether the moments are finite, also after the conversion to the dtype of the buffer. A bool scalar."""
     if buffer is not None:
         mean, var = mean.to(buffer.dtype), var.to(buffer.dtype)
     return mean.isfinite().all() & var.isfinite().all()
 
 
-def moved(
+def updated_buffers(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -110,10 +113,17 @@ def moved(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The buffers after this batch, as new tensors.
+    """Compute the buffers after this batch as new tensors: old + momentum·(new − old).
 
-    A batch of which no variance can be told (empty, or one value a slice) counts and moves nothing; one whose
-    statistics are not finite, or overflow the buffers' dtype, likewise where `skip_nonfinite`.
+    A batch without a variance (empty, or one value per slice) is counted, and leaves the running statistics as they
+    are. With `skip_nonfinite` the same holds for a batch whose moments are not finite in the buffers' dtype.
+
+    Args:
+        mean, var, count: (R, C), (R, C), (R,): the moments of the batch's R slices.
+        momentum: None averages all batches: 1 / num_batches_tracked.
+
+    Raises:
+        ValueError: momentum is None and there is no num_batches_tracked.
     """
     new_mean, new_var, freedom = pooled(mean, var, count)
     keep = freedom == 0
@@ -126,15 +136,14 @@ def moved(
         factor: Tensor | float = 1.0 / tracked.double()
     else:
         factor = momentum
-    news: list[Tensor | None] = []
-    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
-        old = None if buffer is None else buffer.double()
-        news.append(
-            None
-            if buffer is None or old is None
-            else torch.where(keep, old, old + factor * (new - old)).to(buffer.dtype)
-        )
-    return news[0], news[1], tracked
+
+    def updated(buffer: Tensor | None, new: Tensor) -> Tensor | None:
+        if buffer is None:
+            return None
+        old = buffer.double()
+        return torch.where(keep, old, old + factor * (new - old)).to(buffer.dtype)
+
+    return updated(running_mean, new_mean), updated(running_var, new_var), tracked
 
 
 def update_running_(
@@ -147,9 +156,10 @@ def update_running_(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> None:
+    """Write `updated_buffers` to the buffers."""
     buffers = (running_mean, running_var, num_batches_tracked)
-    news = moved(*buffers, mean, var, count, momentum, skip_nonfinite)
-    for buffer, new in zip(buffers, news, strict=True):
+    updated = updated_buffers(*buffers, mean, var, count, momentum, skip_nonfinite)
+    for buffer, new in zip(buffers, updated, strict=True):
         if buffer is not None and new is not None:
             buffer.copy_(new)
 
@@ -167,7 +177,10 @@ def forward_update_running_(
     skip_nonfinite: bool,
     *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward`, and the buffers moved by what it found: a layer's training call, of which small ones pay for two."""
+    """Compute `forward`, and update the buffers by its moments: the training call of a layer.
+
+    It is one operator because the cost of a small tensor's call is the cost of calling operators.
+    """
     out, mean, var, count = torch.ops.batchnorm.forward.default(input, weight, bias, residual, mask, *form)
     torch.ops.batchnorm.update_running_.default(
         running_mean, running_var, num_batches_tracked, mean, var, count, momentum, skip_nonfinite
@@ -186,7 +199,7 @@ def forward_inplace_(
     skip_nonfinite: bool,
     *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward_update_running_` whose output takes the input's place."""
+    """Compute `forward_update_running_`, and write the output to the input. Returns mean, var and count."""
     out, mean, var, count = torch.ops.batchnorm.forward_update_running_.default(
         input, weight, bias, None, None, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite, *form
     )
@@ -208,9 +221,9 @@ def backward_inplace(
     slice_size: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` with the input told from the output: x = ((φ⁻¹(y) − β)/γ)·√(σ² + ε) + μ."""
+    """Compute `backward` with the input that `reference.recompute_input` gets from the output."""
     form = (eps, activation, negative_slope, slice_size)
-    input = reference.restored(out, mean, var, weight, bias, *form)
+    input = reference.recompute_input(out, mean, var, weight, bias, *form)
     grads = backward(
         grad_output.double(), input, mean, var, count, weight, bias, None, None, *form, [*output_mask, False]
     )
@@ -228,10 +241,12 @@ def update_running_once_(
     skip_nonfinite: bool,
     refusal: str,
 ) -> None:
-    """`update_running_`, unless this runs inside a backward: a compiled forward that checkpointing runs again.
+    """Compute `update_running_`, except inside a backward.
+
+    A compiled forward inside a backward is a recomputation by activation checkpointing, whose batch was counted before.
 
     Raises:
-        RuntimeError: `refusal`, where it is not empty and this is such a second run.
+        RuntimeError: with the text `refusal` inside a backward, where the text is not empty.
     """
     if torch._C._current_graph_task_id() == -1:
         torch.ops.batchnorm.update_running_.default(

@@ -1,7 +1,9 @@
-"""The meaning of each operator, in plain PyTorch and float64: slow, exact, on any device.
+"""The definition of each operator in PyTorch and float64, for every device. It is slow and exact.
 
-The derivation is in docs/derivation.md. Every kernel is held against these functions.
-x is (N, C, S); moments and sums are (R, C) float64, one row a ghost slice (R = 1 for the whole batch).
+The tests compare every kernel with these functions. docs/derivation.md derives the formulas.
+
+Shapes: x is (N, C, S); mean, var, sum_dy and sum_dy_xmu are (R, C) and float64, one row for each of the R ghost
+slices (R = 1 without them); count is (R,). `mask` is (N, S) and bool, True at valid pixels.
 """
 
 from __future__ import annotations
@@ -16,20 +18,21 @@ from .layout import dense, flat, per_sample, per_slice
 
 
 def stats(input: Tensor, mask: Tensor | None, slice_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the batch statistics: mean, biased var and count of the valid values of each slice and channel."""
     x = flat(input).double()
-    samples, _, positions = x.shape
-    select = None if mask is None else mask.unsqueeze(1)
+    samples, _, pixels = x.shape
+    valid_mask = None if mask is None else mask.unsqueeze(1)
     if mask is None:
-        values = x.new_full((samples,), positions)
+        values = x.new_full((samples,), pixels)
     else:
         values = mask.sum(1, dtype=torch.float64)
     count = per_slice(values, slice_size)
     divisor = count.clamp(min=1).unsqueeze(1)
-    real = x if select is None else torch.where(select, x, 0.0)
-    mean = per_slice(real.sum(2), slice_size) / divisor
+    valid = x if valid_mask is None else torch.where(valid_mask, x, 0.0)
+    mean = per_slice(valid.sum(2), slice_size) / divisor
     deviation = x - per_sample(mean, samples, slice_size)
-    if select is not None:  # padding may hold NaN: choose, do not multiply
-        deviation = torch.where(select, deviation, 0.0)
+    if valid_mask is not None:  # a selection, because padding may be NaN and 0·NaN is NaN
+        deviation = torch.where(valid_mask, deviation, 0.0)
     var = per_slice(deviation.square().sum(2), slice_size) / divisor
     return mean, var, count
 
@@ -52,7 +55,7 @@ def _affine(
     eps: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """x − mean, and z = (x − mean)·invstd·weight + bias + residual."""
+    """Compute x − mean, and z = (x − mean)·invstd·weight + bias + residual. Both are (N, C, S) float64."""
     x = flat(input).double()
     invstd = per_sample((_rows(var) + eps).rsqrt(), x.size(0), slice_size)
     deviation = x - per_sample(_rows(mean), x.size(0), slice_size)
@@ -67,7 +70,7 @@ def _affine(
 
 
 def _like(values: Tensor, input: Tensor) -> Tensor:
-    """(N, C, S) float64 in the shape, dtype and layout that the input's result has."""
+    """Convert (N, C, S) float64 to the input's shape and dtype, in the layout `dense(input)` has."""
     return torch.empty_like(dense(input)).copy_(values.view(input.shape))
 
 
@@ -83,11 +86,12 @@ def apply(
     negative_slope: float,
     slice_size: int,
 ) -> Tensor:
+    """Compute y = activation((x − mean)·invstd·weight + bias + residual)."""
     _, z = _affine(input, mean, var, weight, bias, residual, eps, slice_size)
     return _like(activate(z, activation, negative_slope), input)
 
 
-def restored(
+def recompute_input(
     out: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -98,7 +102,16 @@ def restored(
     negative_slope: float,
     slice_size: int,
 ) -> Tensor:
-    """The float64 input of which `apply` without a residual made this output, for an activation that can be undone."""
+    """Compute the input from the output of `apply` without a residual.
+
+    x = (activation⁻¹(y) − bias)/weight/invstd + mean.
+
+    Returns:
+        The input as float64, in the output's shape and layout.
+
+    Raises:
+        ValueError: the activation has no inverse.
+    """
     if activation not in ("", "leaky_relu") or (activation and negative_slope <= 0):
         raise ValueError(f"{activation} with slope {negative_slope} cannot be undone from its output")
     z = flat(out).double()
@@ -123,14 +136,17 @@ def apply_around_padding(
     residual: Tensor | None,
     *form: Any,
 ) -> Tensor:
-    """`apply`, of which autograd derives what `backward_elemt` gives: padding that is not finite has no gradient."""
+    """Compute `apply` such that its derivative by autograd is the one of `backward_elemt`.
+
+    Padding that is not finite gets the gradient 0 and adds nothing to other gradients, so it is replaced by a constant.
+    """
     if mask is None:
         return apply(input, mean, var, weight, bias, residual, *form)
-    hole = (~mask.unsqueeze(1) & ~flat(input).isfinite()).view(input.shape)
-    out = apply(torch.where(hole, 0.0, input), mean, var, weight, bias, residual, *form)
+    invalid = _nonfinite_padding(mask, flat(input)).view(input.shape)
+    out = apply(torch.where(invalid, 0.0, input), mean, var, weight, bias, residual, *form)
     weight, bias, residual = (None if t is None else t.detach() for t in (weight, bias, residual))
     constant = apply(input.detach(), mean.detach(), var.detach(), weight, bias, residual, *form)
-    return torch.where(hole, constant, out)
+    return torch.where(invalid, constant, out)
 
 
 def _grad_affine(
@@ -146,7 +162,10 @@ def _grad_affine(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """x − mean, and dz = grad_output · activation'(z), z computed anew rather than saved."""
+    """Compute x − mean, and dz = grad_output·activation′(z).
+
+    z is recomputed, because saving it would take the memory of one more tensor.
+    """
     deviation, z = _affine(input, mean, var, weight, bias, residual, eps, slice_size)
     grad = flat(grad_output).double()
     if activation:
@@ -154,9 +173,9 @@ def _grad_affine(
     return deviation, grad
 
 
-def _padding(mask: Tensor, deviation: Tensor) -> Tensor:
-    """Masked positions whose value is not finite: they give nothing and receive nothing."""
-    return ~mask.unsqueeze(1) & ~deviation.isfinite()
+def _nonfinite_padding(mask: Tensor, values: Tensor) -> Tensor:
+    """Return where (N, C, S) is padding that is not finite. It adds nothing to a sum and its gradient is 0."""
+    return ~mask.unsqueeze(1) & ~values.isfinite()
 
 
 def backward_reduce(
@@ -173,12 +192,13 @@ def backward_reduce(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor]:
+    """Compute sum_dy = Σ dz and sum_dy_xmu = Σ dz·(x − mean) of each slice and channel, over all finite pixels."""
     deviation, grad = _grad_affine(
         grad_output, input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size
     )
     if mask is not None:
-        hole = _padding(mask, deviation)
-        deviation, grad = torch.where(hole, 0.0, deviation), torch.where(hole, 0.0, grad)
+        invalid = _nonfinite_padding(mask, deviation)
+        deviation, grad = torch.where(invalid, 0.0, deviation), torch.where(invalid, 0.0, grad)
     sum_dy = per_slice(grad.sum(2), slice_size)
     sum_dy_xmu = per_slice((grad * deviation).sum(2), slice_size)
     return sum_dy, sum_dy_xmu
@@ -202,6 +222,12 @@ def backward_elemt(
     slice_size: int,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Compute dx = weight·invstd·(dz − sum_dy/n − (x − mean)·invstd²·sum_dy_xmu/n), and dz for the residual.
+
+    Args:
+        count: n of each slice; None where the moments do not depend on x, so dx = weight·invstd·dz.
+        need_residual: whether dz is wanted; the second result is empty if not.
+    """
     deviation, grad = _grad_affine(
         grad_output, input, mean, var, weight, bias, residual, eps, activation, negative_slope, slice_size
     )
@@ -209,7 +235,7 @@ def backward_elemt(
     invstd = (_rows(var) + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight.double()
     dx = grad
-    if count is not None:  # the batch's own statistics: the gradient through mean and var
+    if count is not None:  # batch statistics depend on x: the gradient through mean and var
         assert sum_dy is not None
         assert sum_dy_xmu is not None
         divisor = count.clamp(min=1).unsqueeze(1)
@@ -220,6 +246,6 @@ def backward_elemt(
             dx = torch.where(mask.unsqueeze(1), dx, grad)
     dx = dx * per_sample(scale, samples, slice_size)
     if mask is not None:
-        hole = _padding(mask, deviation)
-        dx, grad = torch.where(hole, 0.0, dx), torch.where(hole, 0.0, grad)
+        invalid = _nonfinite_padding(mask, deviation)
+        dx, grad = torch.where(invalid, 0.0, dx), torch.where(invalid, 0.0, grad)
     return _like(dx, input), _like(grad, input) if need_residual else input.new_empty(0)

@@ -1,7 +1,8 @@
-"""The operators' schemas, their fakes, and the reference as the kernel of every device.
+"""The operators' schemas, their fake implementations, and the reference as the kernel of every device.
 
-The reference is registered as CompositeExplicitAutograd: a C++ kernel (CPU) or a Triton kernel (CUDA) registered
-under the same name takes its device from it, and no caller changes. See csrc/README.md for the contract.
+The reference is registered as CompositeExplicitAutograd. A C++ kernel (CPU) or a Triton kernel (CUDA) that is
+registered under the same name replaces it for its device, and callers stay the same. csrc/README.md specifies what a
+kernel must do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
-from .layout import dense, slices
+from .layout import dense, slice_count
 
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
 _FORM = "float eps, str activation, float negative_slope, int slice_size"
@@ -47,7 +48,7 @@ _LIBRARY = torch.library.Library("batchnorm", "DEF")
 
 
 def _moments(input: Tensor, slice_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = slices(input.size(0), slice_size)
+    rows = slice_count(input.size(0), slice_size)
     mean = input.new_empty((rows, input.size(1)), dtype=torch.float64)
     return mean, torch.empty_like(mean), mean.new_empty(rows)
 
@@ -60,18 +61,18 @@ def _fake_apply(input: Tensor, *_: object) -> Tensor:
     return torch.empty_like(dense(input))
 
 
-def _fake_backward_reduce(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    mean, var, _ = _moments(input, cast(int, rest[-1]))
+def _fake_backward_reduce(grad_output: Tensor, input: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    mean, var, _ = _moments(input, cast(int, arguments[-1]))
     return mean, var
 
 
-def _fake_backward_elemt(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake_backward_elemt(grad_output: Tensor, input: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     grad_input = torch.empty_like(dense(input))
-    return grad_input, torch.empty_like(grad_input) if rest[-1] else input.new_empty(0)
+    return grad_input, torch.empty_like(grad_input) if arguments[-1] else input.new_empty(0)
 
 
-def _fake_forward(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(dense(input)), *_moments(input, cast(int, rest[-1]))
+def _fake_forward(input: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(dense(input)), *_moments(input, cast(int, arguments[-1]))
 
 
 def _fake_backward(
@@ -82,19 +83,19 @@ def _fake_backward(
     count: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    *rest: object,
+    *arguments: object,
 ) -> tuple[Tensor, ...]:
-    wanted = rest[-1]
-    assert isinstance(wanted, list | tuple)
+    output_mask = arguments[-1]
+    assert isinstance(output_mask, list | tuple)
     like = (dense(input), weight, bias, dense(input))
     return tuple(
-        torch.empty_like(t) if want and t is not None else input.new_empty(0)
-        for t, want in zip(like, wanted, strict=True)
+        torch.empty_like(t) if wanted and t is not None else input.new_empty(0)
+        for t, wanted in zip(like, output_mask, strict=True)
     )
 
 
-def _fake_forward_inplace_(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _moments(input, cast(int, rest[-1]))
+def _fake_forward_inplace_(input: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _moments(input, cast(int, arguments[-1]))
 
 
 def _fake_backward_inplace(
@@ -105,9 +106,9 @@ def _fake_backward_inplace(
     count: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *rest: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_backward(grad_output, out, mean, var, count, weight, bias, [*rest[-1], False])[:3]
+    return _fake_backward(grad_output, out, mean, var, count, weight, bias, [*arguments[-1], False])[:3]
 
 
 def _fake_update_running_(*_: object) -> None:
@@ -128,7 +129,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "backward_inplace": (fused.backward_inplace, _fake_backward_inplace),
 }
 
-_LIBRARY.define("empty_cache() -> int")  # the compiled kernels' own, see extension.empty_cache
+_LIBRARY.define("empty_cache() -> int")  # only the compiled kernels implement it, see extension.empty_cache
 
 for _name, _schema in SCHEMAS.items():
     _kernel, _fake = _IMPLEMENTATIONS[_name]

@@ -1,4 +1,4 @@
-"""Whether batches look drawn at random: how much their means differ, against what chance alone gives."""
+"""Test whether batches look drawn at random: the variance of their means against the variance that chance gives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ RATIO = 2.0
 
 
 def variance_ratio(seen: Measured) -> float:
-    """Σ nᵢ(mᵢ−m)²/(B−1) over the variance of the per-sample means: 1 for random batches, on average over channels."""
+    """Compute Σ nᵢ(mᵢ−m)²/(B−1) over the variance of the per-sample means, averaged over channels.
+
+    Random batches give 1. Batches of one sample give 0, because they vary as samples do.
+    """
     sizes = torch.tensor(seen.batch_samples, dtype=torch.float64)
     if len(sizes) < 2 or float(sizes.median()) < 2:
-        return 0.0  # batches of one sample vary as samples do
+        return 0.0
     means = torch.stack(seen.batch_means)
     sizes = sizes.to(means.device)[:, None]
     between = (sizes * (means - (sizes * means).sum(0) / sizes.sum()).square()).sum(0) / (len(means) - 1)
@@ -25,9 +28,10 @@ def variance_ratio(seen: Measured) -> float:
 
 
 def likely_ratio(batches: int) -> float:
-    """The ratio up to which so many batches may be random: 2, and more where there are few.
+    """Compute the ratio up to which this number of batches may be random: 2, and more for few batches.
 
-    χ²/freedom exceeds the second number once in ten thousand (Wilson & Hilferty): all channels may move as one.
+    The second number is the one that χ²/freedom exceeds once in ten thousand (Wilson & Hilferty). It does not average
+    over channels, because all channels may vary together.
     """
     spread = 2 / (9 * max(1, batches - 1))
     return max(RATIO, (1 - spread + 3.719 * spread**0.5) ** 3)

@@ -1,4 +1,4 @@
-"""Moments of a batch normalization's input, in float64, merged over calls by Chan's formula."""
+"""What the input of a batch normalization was, over calls: its moments in float64, per batch and pooled."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Measured", "Pooled", "mask_over", "moments"]
+from .pool import Pool
+
+__all__ = ["Measured", "mask_over", "moments"]
 
 
-def moments(input: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """Returns mean (C,), biased variance (C,) in float64 and the count, over every axis but 1.
+def moments(input: Tensor, valid_mask: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """Compute the moments over every axis except 1.
 
-    `real`: bool (N, \\*) without the channel axis; what is False there is selected away, never multiplied.
+    Args:
+        input: (N, C, \\*).
+        valid_mask: bool (N, \\*), True at valid pixels. The others are left out by selection, because they may be NaN.
+
+    Returns:
+        mean (C,) and biased variance (C,), both float64, and the count.
     """
     x = input.detach().movedim(1, 0).double()
-    columns = x.flatten(1) if real is None else x[:, real]
+    columns = x.flatten(1) if valid_mask is None else x[:, valid_mask]
     count = columns.size(1)
     if not count:
         zero = columns.new_zeros(columns.size(0))
@@ -26,86 +33,57 @@ def moments(input: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, 
 
 
 def mask_over(mask: Tensor | None, input: Tensor) -> Tensor | None:
-    """Returns the mask brought to the input's positions, (N, \\*), or None where it does not fit them.
+    """Convert a mask to the input's pixels, (N, \\*). Returns None where it does not fit.
 
-    It may have the input's shape without the channel axis, or with size 1 there; lie over flattened positions,
-    (N·L, C); or be larger by whole strides, in which case a position is real when any that it covers is.
+    The mask may have the input's shape without the channel axis or with size 1 there, or belong to an input (N·L, C)
+    with flattened positions. It may also be larger by an integer stride, as the mask of a network's input is. A pixel
+    is then valid when the mask has any valid pixel in its stride.
     """
     if mask is None:
         return None
-    real = mask.to(device=input.device, dtype=torch.bool)
-    if real.dim() == input.dim() and real.size(1) == 1 and input.dim() > 2:
-        real = real.squeeze(1)
-    positions = (input.size(0), *input.shape[2:])
-    if input.dim() == 2 and real.numel() == input.size(0):
-        return real.reshape(-1)
-    if real.dim() != len(positions) or real.size(0) != positions[0]:
+    valid_mask = mask.to(device=input.device, dtype=torch.bool)
+    if valid_mask.dim() == input.dim() and valid_mask.size(1) == 1 and input.dim() > 2:
+        valid_mask = valid_mask.squeeze(1)
+    pixels = (input.size(0), *input.shape[2:])
+    if input.dim() == 2 and valid_mask.numel() == input.size(0):
+        return valid_mask.reshape(-1)
+    if valid_mask.dim() != len(pixels) or valid_mask.size(0) != pixels[0]:
         return None
-    for axis, size in enumerate(positions[1:], 1):
-        if real.size(axis) == size or real.size(axis) == 1:
+    for axis, size in enumerate(pixels[1:], 1):
+        if valid_mask.size(axis) == size or valid_mask.size(axis) == 1:
             continue
-        stride = -(-real.size(axis) // size)
-        if -(-real.size(axis) // stride) != size:
+        stride = -(-valid_mask.size(axis) // size)
+        if -(-valid_mask.size(axis) // stride) != size:
             return None
-        padded = real.new_zeros([stride * size - s if a == axis else s for a, s in enumerate(real.shape)])
-        real = torch.cat([real, padded], axis).unflatten(axis, (size, stride)).any(axis + 1)
-    return real.expand(positions)
-
-
-@dataclass
-class Pooled:
-    """Mean and variance of everything that was added, weighted by count."""
-
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    m2: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if not count:
-            return
-        if not self.count:
-            self.count, self.mean, self.m2 = count, mean, var * count
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.m2 = self.m2 + var * count + delta.square() * (self.count * count / total)
-        self.count = total
-
-    @property
-    def var(self) -> Tensor:
-        """Biased."""
-        return self.m2 / max(1, self.count)
-
-    @property
-    def unbiased(self) -> Tensor:
-        return self.m2 / max(1, self.count - 1)
+        padded = valid_mask.new_zeros([stride * size - s if a == axis else s for a, s in enumerate(valid_mask.shape)])
+        valid_mask = torch.cat([valid_mask, padded], axis).unflatten(axis, (size, stride)).any(axis + 1)
+    return valid_mask.expand(pixels)
 
 
 @dataclass
 class Measured:
-    """What the input of one layer was over all batches."""
+    """What the input of one layer was, over all batches."""
 
-    pooled: Pooled = field(default_factory=Pooled)
-    samples: Pooled = field(default_factory=Pooled)  # of the per-sample means: (N, \\*) averaged over positions
-    dropped: Pooled = field(default_factory=Pooled)  # with dropout on, over the batches of `kept`
-    kept: Pooled = field(default_factory=Pooled)  # with dropout off, over the same batches
-    real: Pooled = field(default_factory=Pooled)  # over the positions that the mask calls real
-    every: Pooled = field(default_factory=Pooled)  # over all positions of the same calls
+    pooled: Pool = field(default_factory=Pool)
+    samples: Pool = field(default_factory=Pool)  # of the samples' means over their pixels
+    dropped: Pool = field(default_factory=Pool)  # of the input with dropout on, over the batches of `kept`
+    kept: Pool = field(default_factory=Pool)  # of the input with dropout off, over the same batches
+    real: Pool = field(default_factory=Pool)  # over the valid pixels of the mask
+    every: Pool = field(default_factory=Pool)  # over all pixels of the same calls
     batch_means: list[Tensor] = field(default_factory=list)
     batch_vars: list[Tensor] = field(default_factory=list)
-    batch_counts: list[int] = field(default_factory=list)  # values a channel
+    batch_counts: list[int] = field(default_factory=list)  # values per channel
     batch_samples: list[int] = field(default_factory=list)
     calls: int = 0  # most calls in one forward
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     dtype: torch.dtype | None = None
-    largest: float = 0.0  # |input| and |output|, of half precision only
-    nonfinite: int = 0  # values, of half precision only
-    masked_calls: int = 0  # calls that were given a mask of their own
-    misfits: int = 0  # calls whose positions the mask does not fit
+    largest: float = 0.0  # |input| and |output|, of float16 only
+    nonfinite: int = 0  # values, of float16 only
+    masked_calls: int = 0  # calls with a mask argument
+    misfits: int = 0  # calls whose pixels the mask does not fit
 
     def add(self, input: Tensor, mean: Tensor, var: Tensor, count: int) -> None:
-        """Adds one call without padding left out."""
+        """Add one call, by its input and the moments over all its pixels."""
         self.pooled.add(mean, var, count)
         self.batch_means.append(mean)
         self.batch_vars.append(var)
@@ -119,7 +97,7 @@ class Measured:
             self.samples.add(sample_mean, sample_var, input.size(0))
 
     def note_range(self, tensor: Tensor) -> None:
-        """Keeps the extremes of half-precision values; other dtypes hold what they are given."""
+        """Update the extremes of float16 values. Other dtypes have a larger range and are not watched."""
         if tensor.dtype == torch.float16 and tensor.numel():
             values = tensor.detach().float().abs()
             finite = values.isfinite()
@@ -127,8 +105,8 @@ class Measured:
             self.largest = max(self.largest, float(values[finite].max()) if finite.any() else 0.0)
 
     def between_batches(self) -> tuple[Tensor, Tensor]:
-        """Returns the standard deviation between batches of their means and of their variances, each (C,)."""
+        """Compute the standard deviation over batches of their means and of their variances, each (C,)."""
         if len(self.batch_means) < 2:
-            nothing = torch.zeros_like(self.pooled.mean)
-            return nothing, nothing
+            zero = torch.zeros_like(self.pooled.mean)
+            return zero, zero
         return torch.stack(self.batch_means).std(0), torch.stack(self.batch_vars).std(0)

@@ -1,4 +1,4 @@
-"""Moments pooled with their counts, over batches and over ranks."""
+"""Moments of everything that was added, over batches and over ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..moments import merge
 
 __all__ = ["Gather", "Pool", "gather_over"]
 
@@ -16,49 +17,76 @@ Gather = Callable[[Tensor], list[Tensor]]
 
 
 class Pool:
-    """count, mean and M2 = Σ(x − mean)² of C channels in float64, merged as Chan, Golub and LeVeque do (1983)."""
+    """The moments of C channels over all values that were added.
 
-    def __init__(self, features: int) -> None:
-        self.count = 0.0
-        self.mean = torch.zeros(features, dtype=torch.float64)
-        self.m2 = torch.zeros(features, dtype=torch.float64)
+    Attributes:
+        count: values per channel.
+        mean: (C,), float64.
+        var: (C,), float64, biased.
 
-    def add(self, input: Tensor, mask: Tensor | None = None) -> None:
-        """Takes in every value of an input (N, C, *), or those where `mask` (the input's shape without the channel
-        axis, or with size 1 there) is True."""
+    Args:
+        channels: C. It may be left out where something is added before the moments are read.
+    """
+
+    def __init__(self, channels: int = 1) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.var = torch.zeros(channels, dtype=torch.float64)
+
+    @property
+    def m2(self) -> Tensor:
+        """Return Σ(x − mean)²."""
+        return self.var * self.count
+
+    @property
+    def unbiased(self) -> Tensor:
+        """Return the unbiased variance."""
+        return self.m2 / max(1, self.count - 1)
+
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Add `count` values per channel by their mean (C,) and biased variance (C,)."""
+        if not count:
+            return
+        if self.count:
+            counts = torch.tensor([self.count, count], dtype=torch.float64, device=mean.device)
+            merged_mean, merged_var, _ = merge(torch.stack([self.mean, mean]), torch.stack([self.var, var]), counts)
+            self.mean, self.var = merged_mean[0], merged_var[0]
+        else:
+            self.mean, self.var = mean, var
+        self.count += count
+
+    def add_values(self, input: Tensor, mask: Tensor | None = None) -> None:
+        """Add the values of an input (N, C, *).
+
+        Args:
+            mask: bool, True at the values to add, of the input's shape without the channel axis or with size 1 there.
+        """
         if mask is not None:
             mask = mask.squeeze(1) if mask.dim() == input.dim() else mask
-            last = input.movedim(1, -1)
-            input = last[mask.expand(last.shape[:-1])]
+            channels_last = input.movedim(1, -1)
+            input = channels_last[mask.expand(channels_last.shape[:-1])]
         if input.numel() == 0:
             return
         mean, var, count = torch.ops.batchnorm.stats(input, None, 0)
-        values = count.item()
-        self._merge(values, mean.flatten().cpu(), var.flatten().cpu() * values)
-
-    def _merge(self, count: float, mean: Tensor, m2: Tensor) -> None:
-        if count == 0:
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
-        self.count = total
+        self.add(mean.flatten().cpu(), var.flatten().cpu(), int(count))
 
     def over_ranks(self, gather: Gather) -> Pool:
-        """One pool of all ranks' data, the same on each: they are merged in the order of the ranks."""
-        packed = torch.cat([torch.tensor([self.count], dtype=torch.float64), self.mean, self.m2])
-        pooled = Pool(self.mean.numel())
-        for row in gather(packed):
-            pooled._merge(row[0].item(), *row[1:].chunk(2))
-        return pooled
+        """Return the pool of all ranks' data. All ranks merge in the same order, so all have the same bits."""
+        count = torch.tensor([self.count], dtype=torch.float64)
+        pool = Pool(self.mean.numel())
+        for row in gather(torch.cat([count, self.mean, self.var])):
+            mean, var = row[1:].chunk(2)
+            pool.add(mean, var, int(row[0]))
+        return pool
 
 
 def gather_over(process_group: Any) -> Gather:
-    """A function that gives every rank all ranks' tensors; of one rank where nothing is distributed.
+    """Make the function that gives every rank the tensors of all ranks.
+
+    Without torch.distributed there is one rank.
 
     Raises:
-        UserError: neither None nor "world" nor a process group.
+        UserError: `process_group` is neither None nor "world" nor a process group.
     """
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
@@ -73,9 +101,9 @@ def gather_over(process_group: Any) -> Gather:
         device = torch.device("cpu")
 
     def gather(tensor: Tensor) -> list[Tensor]:
-        mine = tensor.to(device)
-        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(everyone, mine, group=group)
-        return [theirs.to(tensor.device) for theirs in everyone]
+        local = tensor.to(device)
+        gathered = [torch.empty_like(local) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(gathered, local, group=group)
+        return [rank.to(tensor.device) for rank in gathered]
 
     return gather

@@ -1,1 +1,1 @@
-"""Twins of the operators in Triton, for CUDA tensors. Importing this imports nothing: see register.py."""
+"""The operators in Triton, for CUDA tensors. `register.py` imports the other modules when they are needed."""

@@ -1,6 +1,6 @@
-"""The activations inside a kernel: value and derivative of each name in ops/activations.py, NaN kept as PyTorch does.
+"""The activations in a kernel: value and derivative of each name in ops/activations.py. NaN gives NaN, as in PyTorch.
 
-The name is known when the kernel is compiled, so no element pays for the choice.
+The name is a compile-time constant, so the choice takes no time in the kernel.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(z):
-    """2σ(2z) − 1; near zero, where that cancels, the odd series up to z⁹ (next term below 2⁻²⁴ of z for |z| < ¼)."""
-    whole = 2 * tl.sigmoid(2 * z) - 1
+    """Compute tanh(z) = 2σ(2z) − 1.
+
+    Near zero digits would cancel. For |z| < ¼ a series up to z⁹ is used, whose next term is below 2⁻²⁴·z.
+    """
+    result = 2 * tl.sigmoid(2 * z) - 1
     if z.dtype == tl.float32:
         q = z * z
         series = z * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
-        whole = tl.where(tl.abs(z) < 0.25, series, whole)
-    return whole
+        result = tl.where(tl.abs(z) < 0.25, series, result)
+    return result
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """activation(z); the empty name is the identity."""
+    """Compute activation(z). The empty name is the identity."""
     if ACTIVATION == "relu":
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "relu6":
@@ -43,8 +46,8 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def through(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """grad · activation′(z); at a kink the derivative is PyTorch's (0 at a ReLU's zero)."""
+def activation_backward(grad, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Compute grad·activation′(z). At a kink the derivative is PyTorch's, for example 0 for ReLU at z = 0."""
     if ACTIVATION == "relu":
         grad = tl.where(z <= 0, grad * 0.0, grad)
     elif ACTIVATION == "relu6":

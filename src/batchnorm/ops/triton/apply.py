@@ -1,4 +1,4 @@
-"""apply: y = activation((x − mean)·invstd·weight + bias + residual), one read of x and residual, one write."""
+"""apply: y = activation((x − mean)·invstd·weight + bias + residual), with one read of x and residual and one write."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from ..layout import dense
 from . import launch
 from .activations import activate
 from .coefficients import coefficients
-from .launch import SIZES, plan, run, same_layout, vectors
-from .tile import argument, coefficient, inside, locate, place, read, write
+from .launch import SIZE_ARGUMENTS, contiguous_vectors, make_plan, run, same_layout
+from .tile import affine, bounds_mask, coefficient, locate, read, row_offsets, write
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
 def _apply(
     input, coefficients, residual, out,
-    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
+    rows, channels, pixel_vectors, map_vectors, magic, bits, slice_rows, chunks, tiles, channel_blocks,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, NHWC: tl.constexpr, VECTOR: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, _strip, channel, known, first, last, chunks = locate(
-        samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI
+    slice_index, _chunk, channel, channel_mask, first_row, end_row, tiles = locate(
+        rows, channels, slice_rows, chunks, tiles, channel_blocks, NHWC, ROWS, WIDTH
     )
-    high = coefficient(coefficients, 0, row, channels, channel, known)
-    scale = coefficient(coefficients, 1, row, channels, channel, known)
-    shift = coefficient(coefficients, 2, row, channels, channel, known)
-    for chunk in tl.range(chunks, num_stages=STAGES):
-        n = first + chunk * BN + tl.arange(0, BN)
-        at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
-        exists = inside(n, last, known, LAST, EVEN)
-        x = read(input, at, exists, COMPUTE)
-        _d, z = argument(x, high, scale, shift, residual, at, exists)
+    high = coefficient(coefficients, 0, slice_index, channels, channel, channel_mask)
+    scale = coefficient(coefficients, 1, slice_index, channels, channel, channel_mask)
+    shift = coefficient(coefficients, 2, slice_index, channels, channel, channel_mask)
+    for tile in tl.range(tiles, num_stages=STAGES):
+        n = first_row + tile * ROWS + tl.arange(0, ROWS)
+        offsets = row_offsets(n, channel, pixel_vectors, map_vectors, magic, bits, NHWC, VECTOR, LARGE)
+        in_bounds = bounds_mask(n, end_row, channel_mask, NHWC, FULL)
+        x = read(input, offsets, in_bounds, COMPUTE)
+        _d, z = affine(x, high, scale, shift, residual, offsets, in_bounds)
         y = activate(z, ACTIVATION, SLOPE)
-        write(out, at, y, exists)
+        write(out, offsets, y, in_bounds)
 
 
-def form(activation: str, negative_slope: float) -> dict[str, Any]:
-    """What is compiled into a kernel. A slope that nothing reads must not compile it anew."""
+def activation_constants(activation: str, negative_slope: float) -> dict[str, Any]:
+    """Return the compile-time constants of an activation. An unused slope is 0, so that it compiles no other kernel."""
     return {"ACTIVATION": activation, "SLOPE": negative_slope if activation == "leaky_relu" else 0.0}
 
 
-def applied(
-    x: Tensor, found: Tensor, residual: Tensor | None, activation: str, negative_slope: float, slice_size: int
+def launch_apply(
+    x: Tensor, coefs: Tensor, residual: Tensor | None, activation: str, negative_slope: float, slice_size: int
 ) -> Tensor:
-    """The output, given the coefficients. x is dense, the residual in its memory order."""
-    out, cut = torch.empty_like(x), plan(x, slice_size, launch.APPLY)
-    meta = {"STAGES": 1} | cut.meta() | form(activation, negative_slope)
-    run(_apply, cut.programs, x, found, residual, out, *cut.sizes, **meta)
+    """Compute the output from the coefficients. x is dense, and the residual has its layout."""
+    out, plan = torch.empty_like(x), make_plan(x, slice_size, launch.APPLY)
+    meta = {"STAGES": 1} | plan.meta() | activation_constants(activation, negative_slope)
+    run(_apply, plan.programs, x, coefs, residual, out, *plan.sizes, **meta)
     return out
 
 
@@ -69,5 +69,5 @@ def apply(
     slice_size: int,
 ) -> Tensor:
     x = dense(input)
-    found = coefficients(x, vectors(mean, var, weight, bias), (None, None), None, eps)
-    return applied(x, found, same_layout(residual, x), activation, negative_slope, slice_size)
+    coefs = coefficients(x, contiguous_vectors(mean, var, weight, bias), (None, None), None, eps)
+    return launch_apply(x, coefs, same_layout(residual, x), activation, negative_slope, slice_size)

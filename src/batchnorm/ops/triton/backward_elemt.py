@@ -11,65 +11,76 @@ from torch import Tensor
 
 from ..layout import dense
 from . import launch
-from .apply import form
+from .apply import activation_constants
 from .coefficients import coefficients
-from .launch import SIZES, as_bytes, plan, run, same_layout, vectors
-from .tile import coefficient, holes, incoming, inside, locate, place, real_positions, store_gradients
+from .launch import SIZE_ARGUMENTS, as_bytes, contiguous_vectors, make_plan, run, same_layout
+from .tile import (
+    bounds_mask,
+    coefficient,
+    exclude_padding,
+    locate,
+    recompute_dz,
+    row_offsets,
+    store_gradients,
+    valid_elements,
+)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
 def _backward_elemt(
     grad_output, input, coefficients, residual, mask, grad_input, grad_residual,
-    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
-    THROUGH: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    rows, channels, pixel_vectors, map_vectors, magic, bits, slice_rows, chunks, tiles, channel_blocks,
+    BATCH_STATISTICS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    COMPUTE: tl.constexpr, NHWC: tl.constexpr, VECTOR: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """THROUGH: the gradient passes through the moments, which are the batch's own."""
-    row, _strip, channel, known, first, last, chunks = locate(
-        samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI
+    """BATCH_STATISTICS: the moments depend on x, so the gradient goes through them."""
+    slice_index, _chunk, channel, channel_mask, first_row, end_row, tiles = locate(
+        rows, channels, slice_rows, chunks, tiles, channel_blocks, NHWC, ROWS, WIDTH
     )
-    high = coefficient(coefficients, 0, row, channels, channel, known)
-    scale = coefficient(coefficients, 1, row, channels, channel, known)
-    shift = coefficient(coefficients, 2, row, channels, channel, known)
-    along = None
-    across = None
-    if THROUGH:
-        along = coefficient(coefficients, 3, row, channels, channel, known)
-        across = coefficient(coefficients, 4, row, channels, channel, known)
-    for chunk in tl.range(chunks, num_stages=STAGES):
-        n = first + chunk * BN + tl.arange(0, BN)
-        at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
-        exists = inside(n, last, known, LAST, EVEN)
-        d, grad = incoming(grad_output, input, residual, at, exists, high, scale, shift, ACTIVATION, SLOPE, COMPUTE)
-        real = exists
-        empty = None
+    high = coefficient(coefficients, 0, slice_index, channels, channel, channel_mask)
+    scale = coefficient(coefficients, 1, slice_index, channels, channel, channel_mask)
+    shift = coefficient(coefficients, 2, slice_index, channels, channel, channel_mask)
+    grad_shift = None
+    grad_scale = None
+    if BATCH_STATISTICS:
+        grad_shift = coefficient(coefficients, 3, slice_index, channels, channel, channel_mask)
+        grad_scale = coefficient(coefficients, 4, slice_index, channels, channel, channel_mask)
+    for tile in tl.range(tiles, num_stages=STAGES):
+        n = first_row + tile * ROWS + tl.arange(0, ROWS)
+        offsets = row_offsets(n, channel, pixel_vectors, map_vectors, magic, bits, NHWC, VECTOR, LARGE)
+        in_bounds = bounds_mask(n, end_row, channel_mask, NHWC, FULL)
+        d, dz = recompute_dz(
+            grad_output, input, residual, offsets, in_bounds, high, scale, shift, ACTIVATION, SLOPE, COMPUTE
+        )
+        valid = in_bounds
+        invalid = None
         if mask is not None:
-            real = real_positions(mask, n, last, exists, LAST, BI)
-            empty = holes(d, real)
-            grad = tl.where(empty, 0.0, grad)
-            d = tl.where(empty, 0.0, d)
-        store_gradients(grad_input, grad_residual, at, exists, d, grad, real, empty, scale, along, across)
+            valid = valid_elements(mask, n, end_row, in_bounds, NHWC, WIDTH)
+            d, dz, invalid = exclude_padding(d, dz, valid)
+        store_gradients(
+            grad_input, grad_residual, offsets, in_bounds, d, dz, valid, invalid, scale, grad_shift, grad_scale
+        )
 
 
-def elemt(
+def launch_backward_elemt(
     grad_output: Tensor,
     x: Tensor,
-    found: Tensor,
+    coefs: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
-    through: bool,
+    batch_statistics: bool,
     outputs: tuple[Tensor | None, Tensor | None],
-    compiled: dict[str, Any],
+    constants: dict[str, Any],
     slice_size: int,
 ) -> None:
-    """Fill the (grad_input, grad_residual) that are there, given the coefficients, with the sums' if `through`.
+    """Compute dx and dz from the coefficients, and write them to `outputs`, (grad_input, grad_residual).
 
-    All arguments dense, in x's memory order.
+    All tensors are dense and have the layout of x.
     """
-    cut = plan(x, slice_size, launch.ELEMENT)
-    meta = {"STAGES": 1, "THROUGH": through} | cut.meta(mask) | compiled
-    run(_backward_elemt, cut.programs, grad_output, x, found, residual, mask, *outputs, *cut.sizes, **meta)
+    plan = make_plan(x, slice_size, launch.ELEMENT)
+    meta = {"STAGES": 1, "BATCH_STATISTICS": batch_statistics} | plan.meta(mask) | constants
+    run(_backward_elemt, plan.programs, grad_output, x, coefs, residual, mask, *outputs, *plan.sizes, **meta)
 
 
 def backward_elemt(
@@ -91,11 +102,13 @@ def backward_elemt(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor]:
     x = dense(input)
-    grad, added = same_layout(grad_output, x), same_layout(residual, x)
+    grad, dense_residual = same_layout(grad_output, x), same_layout(residual, x)
     assert grad is not None
     grad_input, grad_residual = torch.empty_like(x), torch.empty_like(x) if need_residual else None
-    small = vectors(mean, var, weight, bias, sum_dy, sum_dy_xmu, count)
-    found = coefficients(x, small[:4], (small[4], small[5]), small[6], eps)
-    outputs, compiled = (grad_input, grad_residual), form(activation, negative_slope)
-    elemt(grad, x, found, added, as_bytes(mask), count is not None, outputs, compiled, slice_size)
+    vectors = contiguous_vectors(mean, var, weight, bias, sum_dy, sum_dy_xmu, count)
+    coefs = coefficients(x, vectors[:4], (vectors[4], vectors[5]), vectors[6], eps)
+    outputs, constants = (grad_input, grad_residual), activation_constants(activation, negative_slope)
+    launch_backward_elemt(
+        grad, x, coefs, dense_residual, as_bytes(mask), count is not None, outputs, constants, slice_size
+    )
     return grad_input, input.new_empty(0) if grad_residual is None else grad_residual

@@ -1,4 +1,4 @@
-"""forward = stats, then apply; one launch that reads the input once where a channel of a slice fits one tile."""
+"""forward: `stats`, then `apply`. One launch reads x once where a tile has all values of a channel in a slice."""
 
 from __future__ import annotations
 
@@ -10,100 +10,101 @@ from torch import Tensor
 from ..layout import dense
 from . import launch
 from .activations import activate
-from .apply import applied, form
-from .launch import SIZES, Plan, as_bytes, plan, run, same_layout, vectors
-from .stats import stats_of
+from .apply import activation_constants, launch_apply
+from .launch import SIZE_ARGUMENTS, TilePlan, as_bytes, contiguous_vectors, make_plan, run, same_layout
+from .stats import launch_stats
 from .tile import (
-    argument,
-    counted,
-    inside,
+    affine,
+    bounds_mask,
+    count_valid,
+    invstd_and_scale,
     locate,
-    moments,
-    place,
     read,
-    real_positions,
-    scales,
-    shifts,
-    split,
+    row_offsets,
+    shift_of,
+    split_mean,
+    tile_moments,
+    valid_elements,
     write,
 )
-from .update_running_ import Buffers, move, parts, update_running_
+from .update_running_ import RunningBuffers, split_float, update_buffers, update_running_
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
 def _forward(
     input, weight, bias, residual, mask, out, counts, means, variances,
-    running_mean, running_var, num_batches_tracked, momentum, rest,
-    samples, channels, units, vectors, magic, bits, per_slice, strips, chunks, tiles,
+    running_mean, running_var, num_batches_tracked, momentum, momentum_low,
+    rows, channels, pixel_vectors, map_vectors, magic, bits, slice_rows, chunks, tiles, channel_blocks,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    COMPUTE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BI: tl.constexpr,
+    COMPUTE: tl.constexpr, NHWC: tl.constexpr, VECTOR: tl.constexpr, LARGE: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row, _, channel, known, first, last, _ = locate(samples, channels, per_slice, strips, chunks, tiles, LAST, BN, BI)
-    n = first + tl.arange(0, BN)
-    at = place(n, channel, units, vectors, magic, bits, LAST, UNIT, WIDE)
-    exists = inside(n, last, known, LAST, EVEN)
-    x = read(input, at, exists, COMPUTE)
-    real = real_positions(mask, n, last, exists, LAST, BI)
-    count = counted(mask, n, last, real, LAST, BI)
-    mean, second = moments(x, real, count, LAST, BN, BI)
-    var = second / tl.maximum(count, 1.0)
-    to = row * channels + channel
-    tl.store(counts + row + channel * 0, count, mask=channel == 0)
-    tl.store(means + to, mean, mask=known)
-    tl.store(variances + to, var, mask=known)
+    slice_index, _, channel, channel_mask, first_row, end_row, _ = locate(
+        rows, channels, slice_rows, chunks, tiles, channel_blocks, NHWC, ROWS, WIDTH
+    )
+    n = first_row + tl.arange(0, ROWS)
+    offsets = row_offsets(n, channel, pixel_vectors, map_vectors, magic, bits, NHWC, VECTOR, LARGE)
+    in_bounds = bounds_mask(n, end_row, channel_mask, NHWC, FULL)
+    x = read(input, offsets, in_bounds, COMPUTE)
+    valid = valid_elements(mask, n, end_row, in_bounds, NHWC, WIDTH)
+    count = count_valid(mask, n, end_row, valid, NHWC, WIDTH)
+    mean, m2 = tile_moments(x, valid, count, NHWC, ROWS, WIDTH)
+    var = m2 / tl.maximum(count, 1.0)
+    target = slice_index * channels + channel
+    tl.store(counts + slice_index + channel * 0, count, mask=channel == 0)
+    tl.store(means + target, mean, mask=channel_mask)
+    tl.store(variances + target, var, mask=channel_mask)
     if running_mean is not None or running_var is not None or num_batches_tracked is not None:
-        move(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, rest, channel, known)
-    high, low = split(mean, COMPUTE)
-    _invstd, scale = scales(var, weight, channel, known, EPS)
-    shift = shifts(bias, low, scale, channel, known, COMPUTE)
+        update_buffers(
+            running_mean, running_var, num_batches_tracked, mean, var, count, momentum, momentum_low,
+            channel, channel_mask,
+        )  # fmt: skip
+    high, low = split_mean(mean, COMPUTE)
+    _invstd, scale = invstd_and_scale(var, weight, channel, channel_mask, EPS)
+    shift = shift_of(bias, low, scale, channel, channel_mask, COMPUTE)
     scale = scale.to(COMPUTE)
-    _d, z = argument(x, high, scale, shift, residual, at, exists)
+    _d, z = affine(x, high, scale, shift, residual, offsets, in_bounds)
     y = activate(z, ACTIVATION, SLOPE)
-    write(out, at, y, exists)
+    write(out, offsets, y, in_bounds)
 
 
-def _one_launch(
+def _launch_fused(
     x: Tensor,
-    small: list[Tensor | None],
+    vectors: list[Tensor | None],
     residual: Tensor | None,
     mask: Tensor | None,
-    compiled: dict[str, object],
-    cut: Plan,
-    buffers: Buffers,
+    constants: dict[str, object],
+    plan: TilePlan,
+    buffers: RunningBuffers,
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = x.new_empty((cut.rows, cut.channels), dtype=torch.float64)
-    out, var, count = torch.empty_like(x), torch.empty_like(mean), mean.new_empty(cut.rows)
-    arguments = (x, *small, residual, mask, out, count, mean, var, *buffers, *parts(momentum))
-    run(_forward, cut.programs, *arguments, *cut.sizes, **cut.meta(mask), **compiled)
+    mean = x.new_empty((plan.slices, plan.channels), dtype=torch.float64)
+    out, var, count = torch.empty_like(x), torch.empty_like(mean), mean.new_empty(plan.slices)
+    arguments = (x, *vectors, residual, mask, out, count, mean, var, *buffers, *split_float(momentum))
+    run(_forward, plan.programs, *arguments, *plan.sizes, **plan.meta(mask), **constants)
     return out, mean, var, count
 
 
-def _forward_moving(
+def _forward_updating(
     input: Tensor,
     affine: tuple[Tensor | None, Tensor | None],
     residual: Tensor | None,
     mask: Tensor | None,
-    form_: tuple[float, str, float, int],
-    buffers: Buffers = (None, None, None),
+    form: tuple[float, str, float, int],
+    buffers: RunningBuffers = (None, None, None),
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward`, in whose launches the buffers that are given move; for one slice."""
-    eps, activation, negative_slope, slice_size = form_
+    """Compute `forward`, and update the buffers that are given in its last launch, which needs a single slice."""
+    eps, activation, negative_slope, slice_size = form
     x = dense(input)
-    small, added, bytes_, cut = (
-        vectors(*affine),
-        same_layout(residual, x),
-        as_bytes(mask),
-        plan(x, slice_size, launch.STATS),
-    )
-    if cut.fused:
-        compiled = {"EPS": eps, **form(activation, negative_slope)}
-        return _one_launch(x, small, added, bytes_, compiled, cut, buffers, momentum)
-    mean, var, count, found = stats_of(x, bytes_, cut, (small[0], small[1]), eps, buffers, momentum)
-    assert found is not None
-    return applied(x, found, added, activation, negative_slope, slice_size), mean, var, count
+    vectors, dense_residual = contiguous_vectors(*affine), same_layout(residual, x)
+    mask_bytes, plan = as_bytes(mask), make_plan(x, slice_size, launch.STATS)
+    if plan.fused:
+        constants = {"EPS": eps, **activation_constants(activation, negative_slope)}
+        return _launch_fused(x, vectors, dense_residual, mask_bytes, constants, plan, buffers, momentum)
+    mean, var, count, coefs = launch_stats(x, mask_bytes, plan, (vectors[0], vectors[1]), eps, buffers, momentum)
+    assert coefs is not None
+    return launch_apply(x, coefs, dense_residual, activation, negative_slope, slice_size), mean, var, count
 
 
 def forward(
@@ -117,7 +118,7 @@ def forward(
     negative_slope: float,
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_moving(input, (weight, bias), residual, mask, (eps, activation, negative_slope, slice_size))
+    return _forward_updating(input, (weight, bias), residual, mask, (eps, activation, negative_slope, slice_size))
 
 
 def forward_update_running_(
@@ -137,11 +138,11 @@ def forward_update_running_(
     slice_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     buffers = (running_mean, running_var, num_batches_tracked)
-    form_ = (eps, activation, negative_slope, slice_size)
-    # what one channel cannot decide takes a launch of its own: slices to pool, a batch to skip, batches to average
-    alone = momentum is not None and not skip_nonfinite and not 0 < slice_size < input.size(0)
-    if alone and all(t is None or t.is_contiguous() for t in buffers):
-        return _forward_moving(input, (weight, bias), residual, mask, form_, buffers, momentum or 0.0)
-    out, mean, var, count = _forward_moving(input, (weight, bias), residual, mask, form_)
+    form = (eps, activation, negative_slope, slice_size)
+    # `forward` updates a channel without the others. Pooling slices, skipping a batch and averaging batches need all.
+    independent = momentum is not None and not skip_nonfinite and not 0 < slice_size < input.size(0)
+    if independent and all(t is None or t.is_contiguous() for t in buffers):
+        return _forward_updating(input, (weight, bias), residual, mask, form, buffers, momentum or 0.0)
+    out, mean, var, count = _forward_updating(input, (weight, bias), residual, mask, form)
     update_running_(*buffers, mean, var, count, momentum, skip_nonfinite)
     return out, mean, var, count

@@ -1,7 +1,7 @@
-"""One layer's training step: ours against torch eager and against the cost of a copy of its tensor.
+"""Time a training step of one layer: ours against torch eager and against a copy of its tensor.
 
-Ratios of medians over interleaved runs in one process, never absolute times: drift and noise hit both sides. Values
-are compared with float64 before anything is timed.
+The results are ratios of medians of interleaved calls in one process. They are not absolute times, because drift and
+noise affect both sides of a ratio. The values are compared with float64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from .timing import clock_of, interleaved
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("contiguous", "channels_last")
 CASES = ("bn", "bn+relu", "bn+add+relu")
-Call = Callable[[Tensor, Tensor | None], Tensor]
-# One layer of each stage of a ResNet-50 at batch 8, and a small fully connected one: seconds in all.
+LayerCall = Callable[[Tensor, Tensor | None], Tensor]
+# One layer of each stage of a ResNet-50 at batch 8, and small fully connected ones: all take seconds.
 SHAPES = "8x64x112x112,8x256x56x56,8x512x28x28,8x1024x14x14,8x2048x7x7,256x1024,60x100"
-# The same at batch 256, which a GPU trains with.
+# The same at batch 256, a usual batch size for a GPU.
 SHAPES_CUDA = "256x64x112x112,256x256x56x56,256x512x28x28,256x1024x14x14,256x2048x7x7,4096x1024,60x100"
-# A copy moves every byte twice; these are the least passes, in copies, that forward and backward can do with where a
-# channel stays in cache between its two passes: x→y, and x, dy→dx (a residual r: x, r→y, and x, r, dy→dx, dr).
+# The memory traffic that forward and backward need at least, in copies of the tensor (a copy reads and writes it once).
+# It assumes that a channel stays in cache between its two passes: x→y, and x, dy→dx (with a residual r: x, r→y, and
+# x, r, dy→dx, dr).
 LEAST_COPIES = {"bn": 2.5, "bn+relu": 2.5, "bn+add+relu": 4.0}
-# No GPU keeps a large tensor's channel: x twice → y, and x, dy twice → dx (with a residual r: x, then x, r → y, and
-# x, dy, r → dr, then x, dr → dx).
+# On a GPU a channel of a large tensor does not stay in cache: x twice → y, and x, dy twice → dx (with a residual r: x,
+# then x, r → y, and x, dy, r → dr, then x, dr → dx).
 LEAST_COPIES_CUDA = {"bn": 4.0, "bn+relu": 4.0, "bn+add+relu": 5.5}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to time."""
+    """The tensor and the layer to time."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,10 +50,10 @@ class Problem:
 
 
 def parse_shapes(shapes: str) -> list[tuple[int, ...]]:
-    """ "8x64x56x56,60x100" as tuples.
+    """Parse shapes such as "8x64x56x56,60x100".
 
     Raises:
-        UserError: a shape that is not 2 to 5 positive numbers joined by x.
+        UserError: a shape is not 2 to 5 positive numbers joined by x.
     """
     found = []
     for word in shapes.split(","):
@@ -64,10 +65,10 @@ def parse_shapes(shapes: str) -> list[tuple[int, ...]]:
 
 
 def parse_choice(words: str, allowed: Iterable[str], option: str) -> list[str]:
-    """A comma-separated list of known words.
+    """Parse a comma-separated list of words.
 
     Raises:
-        UserError: a word that is not among `allowed`.
+        UserError: a word is not in `allowed`.
     """
     chosen = [word.strip() for word in words.split(",")]
     for word in chosen:
@@ -77,7 +78,7 @@ def parse_choice(words: str, allowed: Iterable[str], option: str) -> list[str]:
 
 
 def tensors(problem: Problem, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input (a leaf), grad_output and residual, random, in the problem's dtype and layout."""
+    """Make a random input (a leaf), grad_output and residual in the problem's dtype and layout."""
 
     def make() -> Tensor:
         values = torch.randn(problem.shape, device=device).to(DTYPES[problem.dtype])
@@ -89,20 +90,18 @@ def tensors(problem: Problem, device: str) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def layers_of(problem: Problem, device: str) -> tuple[nn.Module, nn.Module]:
-    """Ours and torch's layer for the shape."""
+    """Make our and torch's layer for the shape."""
     dimensions = max(1, len(problem.shape) - 2)
     ours = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)[dimensions - 1]
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
     activation = "relu" if "relu" in problem.case else None
     channels = problem.shape[1]
-    pair = ours(channels, activation, device=device), theirs(channels, device=device)
-    if problem.dtype == "float64":
-        return pair[0].double(), pair[1].double()
-    return pair
+    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    return ours(channels, activation, device=device, dtype=dtype), theirs(channels, device=device, dtype=dtype)
 
 
-def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> Call:
-    """The same in torch eager, as models write it; `in_place` as torchvision's do."""
+def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> LayerCall:
+    """Make the same call in torch eager as models write it; with `in_place`, as torchvision's models do."""
 
     def call(input: Tensor, residual: Tensor | None) -> Tensor:
         out = layer(input)
@@ -113,27 +112,27 @@ def torch_way(layer: nn.Module, problem: Problem, in_place: bool) -> Call:
     return call
 
 
-def calls_of(problem: Problem, device: str) -> dict[str, Call]:
-    """The layer each way, ours first; on a GPU also without cuDNN, and compiled."""
+def calls_of(problem: Problem, device: str) -> dict[str, LayerCall]:
+    """Make the calls to compare: ours and torch's; on a GPU also torch without cuDNN, and compiled."""
     ours, theirs = layers_of(problem, device)
-    calls: dict[str, Call] = {"ours": ours, "torch": torch_way(theirs, problem, in_place=False)}
+    calls: dict[str, LayerCall] = {"ours": ours, "torch": torch_way(theirs, problem, in_place=False)}
     if problem.case != "bn":
         calls["torch_in_place"] = torch_way(theirs, problem, in_place=True)
     if device == "cuda":
         calls["native"] = calls["torch"]
-        torch._dynamo.reset()  # or this shape would count as one more recompilation of the last, and soon run eagerly
+        torch._dynamo.reset()  # each shape would count as a recompilation, and beyond a limit torch would not compile
         calls["compiled"] = torch.compile(torch_way(theirs, problem, in_place=False), dynamic=False)
     return calls
 
 
 def contenders(
-    problem: Problem, calls: dict[str, Call], device: str, backward: bool
+    problem: Problem, calls: dict[str, LayerCall], device: str, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """One training step of the layer each way, and a copy of the tensor."""
+    """Make one training step for each call, and a copy of the tensor."""
     input, grad_output, residual = tensors(problem, device)
     target = torch.empty_like(input.detach())
 
-    def step(call: Call) -> Callable[[], object]:
+    def step(call: LayerCall) -> Callable[[], object]:
         def run() -> None:
             out = call(input, residual)
             if backward:
@@ -144,14 +143,14 @@ def contenders(
 
         return run
 
-    runs = {name: step(call) for name, call in calls.items()}
-    if "native" in runs:
-        runs["native"] = without_cudnn(runs["native"])
-    return runs | {"copy": lambda: target.copy_(input.detach())}
+    steps = {name: step(call) for name, call in calls.items()}
+    if "native" in steps:
+        steps["native"] = without_cudnn(steps["native"])
+    return steps | {"copy": lambda: target.copy_(input.detach())}
 
 
 def without_cudnn(function: Callable[[], object]) -> Callable[[], object]:
-    """The call on torch's own kernels: whether torch takes cuDNN's depends on its version, the dtype and the layout."""
+    """Make the call use torch's own kernels. By default version, dtype and layout decide whether torch uses cuDNN."""
 
     def run() -> object:
         with torch.backends.cudnn.flags(enabled=False):
@@ -161,10 +160,13 @@ def without_cudnn(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def check_values(problem: Problem, device: str) -> float:
-    """The largest error of ours against float64, relative to the largest value; output and input's gradient.
+    """Compare our output and input gradient with float64.
+
+    Returns:
+        The largest error, relative to the largest value.
 
     Raises:
-        AssertionError: more than a few roundings of the dtype: nothing wrong is ever timed.
+        AssertionError: the error is more than a few roundings of the dtype, so that wrong results are never timed.
     """
     samples = max(2, min(problem.shape[0], 2**20 // max(1, torch.Size(problem.shape[1:]).numel())))
     small = Problem((samples, *problem.shape[1:]), problem.dtype, problem.layout, problem.case)
@@ -173,7 +175,7 @@ def check_values(problem: Problem, device: str) -> float:
     exact = [t.detach().double().contiguous().requires_grad_() for t in (input, residual) if t is not None]
     want = F.batch_norm(exact[0], None, None, training=True) + (exact[1] if residual is not None else 0)
     if "relu" in small.case:
-        # where it is zero but for a rounding, a ReLU may pass the gradient in one precision and not in the other
+        # near 0 rounding decides whether ReLU passes the gradient, so both sides get the gradient 0 there
         grad_output = grad_output.masked_fill(want.detach().abs() < 4 * torch.finfo(DTYPES[small.dtype]).eps, 0)
         want = want.relu()
     out = ours(input, residual)
@@ -185,14 +187,14 @@ def check_values(problem: Problem, device: str) -> float:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    # where a kink's two sides round apart the derivative jumps: such a position is the dtype's, not the kernel's
+    # At a kink the derivative depends on the rounding of z. The few values there are left out.
     difference = (found.detach().double() - wanted.detach()).abs().flatten()
     worst = difference.kthvalue(max(1, int(difference.numel() * 0.9999))).values
     return (worst / wanted.detach().abs().max().clamp(min=1e-30)).item()
 
 
 def measure(problem: Problem, device: str = "cpu", seconds: float = 0.6) -> dict[str, Any]:
-    """One row: times of forward, and of forward and backward, with their ratios to torch and to a copy."""
+    """Make one row: times of forward, and of forward and backward, with their ratios to torch and to a copy."""
     row: dict[str, Any] = {**asdict(problem), "error": check_values(problem, device)}
     calls, clock = calls_of(problem, device), clock_of(device)
     for name, backward in (("forward", False), ("both", True)):
@@ -211,7 +213,7 @@ def measure(problem: Problem, device: str = "cpu", seconds: float = 0.6) -> dict
 
 
 def evaluation(problem: Problem, device: str = "cpu", seconds: float = 0.3) -> dict[str, float]:
-    """Inference: one pass with the running statistics, ours against torch and a copy."""
+    """Time evaluation with running statistics: ours against torch and a copy."""
     input, _, residual = tensors(problem, device)
     ours, theirs = (layer.eval() for layer in layers_of(problem, device))
     call, target = torch_way(theirs, problem, in_place=False), torch.empty_like(input.detach())

@@ -1,4 +1,4 @@
-"""A whole training step of a user's network: with torch's batch normalization and with ours."""
+"""Time a training step of a user's network with torch's batch normalization and with ours."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from .timing import interleaved
 def model_step(
     model: nn.Module, example: Any, seconds: float, layout: str = "contiguous", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Forward, backward and SGD step of `model` and of its converted copy, interleaved.
+    """Time forward, backward and SGD step of `model` and of its converted copy, interleaved.
 
     Both start from the same parameters; the losses of the first step are compared before anything is timed.
 
     Args:
         model: a network with torch's batch normalization.
-        example: what it is called with: a tensor, a tuple or a dict.
+        example: its arguments: a tensor, a tuple or a dict.
         seconds: how long to measure.
-        layout: "channels_last" brings parameters and 4-D inputs to that memory format.
-        dtype: "bfloat16" runs the forward under autocast.
+        layout: "channels_last" converts parameters and 4-D inputs to that memory format.
+        dtype: "bfloat16" uses autocast for the forward.
+
+    Returns:
+        The number of batch normalization layers, the layout, the dtype, the times and the speedup.
 
     Raises:
-        UserError: the network does not run on the example, or has no batch normalization.
+        UserError: the network raises on the example, or has no batch normalization.
+        AssertionError: the first losses differ.
     """
     from ..model_tools import convert
 
@@ -41,7 +45,7 @@ def model_step(
         raise UserError("the network has no batch normalization, --model, give one that has, or compare layers instead")
     steps = {name: training_step(m.train(), example, dtype) for name, m in (("ours", ours), ("torch", model))}
     losses = {name: step() for name, step in steps.items()}
-    limit = 1e-3 if dtype == "float32" else 1e-1  # the sum of many terms of either sign, each a rounding off
+    limit = 1e-3 if dtype == "float32" else 1e-1  # a sum of many terms of both signs, each with a rounding error
     if abs(losses["ours"] - losses["torch"]) > limit * max(1.0, abs(losses["torch"])):
         raise AssertionError(f"the first losses differ: {losses}")
     times = interleaved(steps, seconds)
@@ -55,10 +59,12 @@ def model_step(
 
 
 def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Callable[[], float]:
-    """Forward (under autocast where the dtype is not float32), backward and an SGD step; returns the loss.
+    """Make a function that does forward, backward and an SGD step, and returns the loss.
+
+    The forward uses autocast where the dtype is not float32.
 
     Raises:
-        UserError: when it is called, a network that does not run on the example.
+        UserError: when the function is called and the network raises on the example.
     """
     device = next(model.parameters()).device.type
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -74,7 +80,7 @@ def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Cal
                 f"the network raises on its example ({str(error).splitlines()[0]}), --model, correct its shape"
             ) from error
         if not direction:
-            # a random direction rather than .sum(), which batch normalization's gradient does not see
+            # a random direction, because the gradient of .sum() through a batch normalization is 0
             generator = torch.Generator().manual_seed(0)
             direction.append(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
         loss = (out * direction[0]).mean()
@@ -92,7 +98,7 @@ def _call(model: nn.Module, example: Any) -> Any:
 
 
 def map_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Every tensor of an example input (a tensor, a tuple, a dict, nested) changed."""
+    """Apply a function to every tensor of an example: a tensor, a tuple, a dict, or nested."""
     if isinstance(example, Tensor):
         return change(example)
     if isinstance(example, dict):
