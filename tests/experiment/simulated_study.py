@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from batchnorm.experiment.claims import Claim, _convergence, _Study, compute_claims
-from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings
-from batchnorm.experiment.study import _target  # the study's own rule: a copy of it here could fall behind
+from batchnorm.experiment.analysis.claims import Claim, StudyRows, compute_claims, convergence_claim
+from batchnorm.experiment.analysis.target import (
+    target_accuracy,  # the study's own rule: a copy of it here could fall behind
+)
+from batchnorm.experiment.design.selection import choose_fastest, choose_rates, choose_settings
 
 ARMS = ("first", "last")
 RATES = 10.0 ** np.arange(-2, 2.1, 0.5)
@@ -119,7 +121,7 @@ def _with_steps(runs: pd.DataFrame, best_lr: float) -> pd.DataFrame:
     """The runs with the steps at which their curves pass the target, as in a study with `SAMPLES` for validation."""
     data = SimpleNamespace(chance=lambda part: CHANCE, y={"validation": range(SAMPLES)})
     columns = ["arm", "purpose", "lr", "weight_decay", "dropout", "val_accuracy"]
-    target = _target(SimpleNamespace(arms=ARMS), runs[columns].to_dict("records"), best_lr, data)
+    target = target_accuracy(SimpleNamespace(arms=ARMS), runs[columns].to_dict("records"), best_lr, data)
     if target is None:
         return runs.assign(steps=BUDGET, steps_to_target=np.nan)
     final = runs["val_accuracy"].to_numpy()
@@ -138,7 +140,7 @@ def claims_of(runs: pd.DataFrame, rates: Select = choose_rates, settings: Select
 def convergence_of(runs: pd.DataFrame, fastest: Select = choose_fastest) -> Claim:
     """The one claim that rests on the first wave alone, without the time that the other five would take."""
     table = {arm: {"best_lr": rate, "fastest_lr": rate} for arm, rate in fastest(runs, ARMS).items()}
-    return _convergence(_Study(runs, table, *ARMS, BUDGET, None, CHANCE))
+    return convergence_claim(StudyRows(runs, table, *ARMS, BUDGET, None, CHANCE))
 
 
 def luckiest_rates(runs: pd.DataFrame, arms: tuple[str, ...]) -> dict[str, float]:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchnorm.experiment.claims import Claim, compute_claims, drift_of_run
-from batchnorm.experiment.measures import decades_within, reaches_grid_end
+from batchnorm.experiment.analysis.claims import Claim, compute_claims
+from batchnorm.experiment.analysis.measures import decades_within, reaches_grid_end
+from batchnorm.experiment.training.probe import drift_of_run
 
 from .simulated_study import ARMS, Law, claims_of, draw_study
 

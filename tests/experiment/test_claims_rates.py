@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from batchnorm.experiment.intervals import CensoredSample, Interval, Sample, censored_difference, welch
-from batchnorm.experiment.measures import drift_of_run
+from batchnorm.experiment.analysis.intervals import CensoredSample, Interval, Sample, censored_difference, welch
+from batchnorm.experiment.training.probe import drift_of_run
 
 from .simulated_study import (
     ARMS,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchnorm.errors import UserError
-from batchnorm.experiment.data import PARTS, load, split, standardize
-from batchnorm.experiment.readers import read
+from batchnorm.experiment.data.opening import find, load
+from batchnorm.experiment.data.splits import PARTS, split, standardize
 
 
 def test_digits_keep_their_image_shape() -> None:
@@ -74,14 +74,14 @@ def test_images_are_standardized_per_channel() -> None:
 def test_csv_takes_the_column_label_wherever_it_stands(tmp_path: Path) -> None:
     table = pd.DataFrame({"label": ["a", "b"] * 3, "u": range(6), "v": [True, False] * 3})
     table.to_csv(tmp_path / "t.csv", index=False)
-    samples = read(str(tmp_path / "t.csv"))
+    samples = find(str(tmp_path / "t.csv"))
     assert samples.x.tolist() == [[k, 1 - k % 2] for k in range(6)]
     assert samples.y.tolist() == ["a", "b"] * 3
 
 
 def test_csv_without_a_column_label_takes_the_last(tmp_path: Path) -> None:
     pd.DataFrame({"u": range(6), "v": range(6), "kind": [1.0, 2.0] * 3}).to_csv(tmp_path / "t.csv", index=False)
-    samples = read(str(tmp_path / "t.csv"))
+    samples = find(str(tmp_path / "t.csv"))
     assert samples.x.shape == (6, 2)
     assert samples.y.tolist() == ["1", "2"] * 3
 
@@ -113,7 +113,7 @@ def test_images_come_out_at_one_size(tmp_path: Path, mode: str) -> None:
                 image = Image.fromarray(gray).convert(mode)
             image.save(tmp_path / label / f"{k}.png")
     (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
-    samples = read(str(tmp_path))
+    samples = find(str(tmp_path))
     assert samples.x.shape == (8, 1 if mode in ("L", "I;16") else 3, 11, 12)
     assert 0 <= samples.x.min() < samples.x.max() <= 1
     assert load(str(tmp_path)).labels == ["cat", "dog <b>"]
@@ -124,7 +124,7 @@ def test_large_images_are_brought_down(tmp_path: Path) -> None:
         (tmp_path / label).mkdir()
         for k in range(3):
             Image.new("L", (200, 100), 80 * k).save(tmp_path / label / f"{k}.png")
-    assert read(str(tmp_path)).x.shape == (6, 1, 64, 64)
+    assert find(str(tmp_path)).x.shape == (6, 1, 64, 64)
 
 
 def test_openml_frames_are_read_like_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_openml_frames_are_read_like_a_table(monkeypatch: pytest.MonkeyPatch) ->
         target = pd.Series(["x", "y"] * 6, dtype="category", name="class")
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda **_: Bunch)
-    samples = read("openml:iris")
+    samples = find("openml:iris")
     assert samples.x[:3, 0].tolist() == [1, 2, 3]
     assert samples.y[:2].tolist() == ["x", "y"]
 
@@ -144,7 +144,7 @@ def test_openml_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
     with pytest.raises(UserError, match=r"no network.*openml:iris.*local file"):
-        read("openml:iris")
+        find("openml:iris")
 
 
 def test_an_npz_with_a_pickle_never_runs_it(tmp_path: Path) -> None:
@@ -156,5 +156,5 @@ def test_an_npz_with_a_pickle_never_runs_it(tmp_path: Path) -> None:
 
     np.savez(tmp_path / "t.npz", x=np.array([Bomb()], dtype=object), y=np.zeros(1))
     with pytest.raises(UserError, match="object arrays"):
-        read(str(tmp_path / "t.npz"))
+        find(str(tmp_path / "t.npz"))
     assert not ran.exists()

@@ -15,14 +15,23 @@ from torch import nn
 
 from batchnorm import study
 from batchnorm.errors import UserError
-from batchnorm.experiment.data import load
-from batchnorm.experiment.factor_results import results
-from batchnorm.experiment.factors import FULL, MOST_UPDATES, Factors, Level, choose_level_rates, design, own_level
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import make_plan
-from batchnorm.experiment.record import COLUMNS
+from batchnorm.experiment.analysis.factor_results import results
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.design.factors import (
+    FULL,
+    MOST_UPDATES,
+    Factors,
+    Level,
+    choose_level_rates,
+    design,
+    own_level,
+)
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.output.study_folder import COLUMNS
 from batchnorm.experiment.study import StudyResult
-from batchnorm.experiment.train import make_optimizer, update
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.optimizers import make_optimizer
+from batchnorm.experiment.training.train import update
 from tests.experiment.conftest import write_small_npz
 from tests.experiment.fake_study import fake_study
 from tests.experiment.test_report import Page, written

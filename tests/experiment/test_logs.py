@@ -13,9 +13,9 @@ import pytest
 from batchnorm import study
 from batchnorm.cli import main
 from batchnorm.errors import UserError
-from batchnorm.experiment.logs import RunLogs
+from batchnorm.experiment.logs.all_logs import RunLogs
 from batchnorm.experiment.logs.mlflow import MlflowLog
-from batchnorm.experiment.record import Record
+from batchnorm.experiment.output.study_folder import Record
 from tests.experiment.conftest import SMALL, write_small_npz
 
 OPTIONS: dict[str, Any] = {"quick": True, "lrs": "0.1,1", "steps": 8, "workers": 1}

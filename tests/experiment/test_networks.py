@@ -10,11 +10,13 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import UserError
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.networks import ARMS, Architecture, group_width
-from batchnorm.experiment.plan import Run
-from batchnorm.experiment.probe import Probe, as_trained, layer_table
-from batchnorm.experiment.train import evaluation_steps, set_dropout, train
+from batchnorm.experiment.data.dataset import Dataset
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.training.arms import ARMS, group_width
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.probe import Probe, as_trained, layer_table
+from batchnorm.experiment.training.runs import Run
+from batchnorm.experiment.training.train import evaluation_steps, set_dropout, train
 
 
 @pytest.fixture(scope="module")

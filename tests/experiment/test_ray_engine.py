@@ -19,7 +19,7 @@ import ray
 from batchnorm import study
 from batchnorm.cli import main
 from batchnorm.errors import UserError
-from batchnorm.experiment import ray_engine
+from batchnorm.experiment.engines import ray as ray_engine
 from tests.experiment.conftest import write_small_npz
 
 # Two loopback addresses, so that Ray takes them for two machines.
@@ -250,6 +250,6 @@ def test_an_address_needs_the_engine(capsys: pytest.CaptureFixture[str], small: 
 def test_without_ray_the_line_names_the_extra(
     capsys: pytest.CaptureFixture[str], small: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "batchnorm.experiment.ray_engine")
+    monkeypatch.delitem(sys.modules, "batchnorm.experiment.engines.ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "batchnorm[ray]" in refused(capsys, "--engine", "ray")

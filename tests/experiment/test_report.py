@@ -16,8 +16,8 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from batchnorm.experiment.report import write_report
-from batchnorm.experiment.report.page import _write_whole
+from batchnorm.experiment.output.files import write_whole
+from batchnorm.experiment.report.page import write_report
 from tests.experiment.fake_study import LAYERS, Study, fake_study
 
 SECTIONS = ["verdicts", "accuracy", "rates", "regularization", "fans", "affine", "layers", "settings", "method"]
@@ -324,7 +324,7 @@ def test_old_report_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old", encoding="utf-8")
     with pytest.raises(UnicodeEncodeError):
-        _write_whole(path, "new \ud800")
+        write_whole(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     write_report(path, *fake_study())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm.experiment.report import write_report
+from batchnorm.experiment.report.page import write_report
 from tests.experiment.fake_study import fake_study
 from tests.experiment.test_report import hostile_study
 

@@ -17,15 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from batchnorm.doctor.subject import read_data
-from batchnorm.experiment.data import HELD_OUT, PARTS, Dataset, load
-from batchnorm.experiment.engine import execute, fresh_workers, shared_data
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import make_plan
-from batchnorm.experiment.record import Record
-from batchnorm.experiment.streams import order, source, survey
-from batchnorm.experiment.streams.dataset import StreamedDataset
-from batchnorm.experiment.streams.kinds import open_source
-from batchnorm.experiment.streams.order import TEST, TRAIN, VALIDATION, drawn, parts_of
+from batchnorm.experiment.data import shuffle as order
+from batchnorm.experiment.data import sources as source
+from batchnorm.experiment.data import survey
+from batchnorm.experiment.data.dataset import Dataset, ResidentDataset
+from batchnorm.experiment.data.opening import load, open_source
+from batchnorm.experiment.data.shuffle import drawn
+from batchnorm.experiment.data.splits import HELD_OUT, PARTS, TEST, TRAIN, VALIDATION, parts_of
+from batchnorm.experiment.data.streamed import StreamedDataset
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.engines.local import execute, fresh_workers, open_shared, shared_data
+from batchnorm.experiment.output.study_folder import Record
+from batchnorm.experiment.training.networks import Architecture
 from tests.experiment import stream_sets
 from tests.experiment.stream_sets import FORMS, ROWS, X, Y, stored
 
@@ -99,9 +102,8 @@ def test_moments_of_images_are_one_in_all_or_one_a_channel(shape: tuple[int, ...
 @pytest.mark.parametrize("form", ["npy", "parquet_shards", "numbered", "generator"])
 def test_the_order_depends_on_seed_and_pass_alone(form: str, tmp_path: Path) -> None:
     data = streamed(form, tmp_path)
-    (tmp_path / "saved").mkdir()
-    data.save(tmp_path / "saved")
-    again = Dataset.open(tmp_path / "saved")
+    with shared_data(data) as folder:
+        again = open_shared(folder)
     assert isinstance(again, StreamedDataset)
     for part in HELD_OUT:
         np.testing.assert_array_equal(again.x[part], data.x[part])
@@ -117,7 +119,7 @@ def test_the_order_depends_on_seed_and_pass_alone(form: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("form", FORMS)
 def test_small_sets_are_held_and_split_as_ever(form: str, tmp_path: Path) -> None:
     data = load(stored(form, tmp_path))
-    assert type(data) is Dataset
+    assert type(data) is ResidentDataset
     (tmp_path / "reference").mkdir()
     np.savez(tmp_path / "reference" / "a.npz", x=X, y=Y)
     wanted = load(str(tmp_path / "reference" / "a.npz"))

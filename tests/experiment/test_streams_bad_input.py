@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchnorm.cli import main
-from batchnorm.experiment.streams import source, survey
+from batchnorm.experiment.data import sources as source
+from batchnorm.experiment.data import survey
 from tests.experiment.stream_sets import ROWS, X, Y, npy, npy_shards, parquet_shards, table
 from tests.test_cli import refused
 
@@ -173,7 +174,7 @@ def test_a_large_compressed_npz_says_how_to_unpack_it(capsys: pytest.CaptureFixt
 
 
 def survey_source(path: str) -> source.Source:
-    from batchnorm.experiment.streams.kinds import open_source
+    from batchnorm.experiment.data.opening import open_source
 
     opened = open_source(path)
     assert opened is not None
@@ -230,7 +231,7 @@ def test_without_pyarrow_the_line_names_the_extra(
 def test_a_batch_too_large_to_hold(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("batchnorm.experiment.streams.dataset._LARGEST_BATCH", 100 * X[0].nbytes)
+    monkeypatch.setattr("batchnorm.experiment.data.streamed.LARGEST_BATCH", 100 * X[0].nbytes)
     name = npy(tmp_path)
     assert "--batch-size 101" in refused_after_reading(capsys, "study", "--data", name, *SHORT[:-1], "101")
 

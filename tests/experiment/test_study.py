@@ -14,9 +14,10 @@ import pytest
 
 from batchnorm import study
 from batchnorm.errors import UserError
-from batchnorm.experiment.plan import make_plan
-from batchnorm.experiment.record import COLUMNS, Record
-from batchnorm.experiment.study import StudyResult, steps_to
+from batchnorm.experiment.analysis.target import steps_to
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.output.study_folder import COLUMNS, Record
+from batchnorm.experiment.study import StudyResult
 from tests.experiment.conftest import SMALL, write_small_npz
 
 OPTIONS = {"quick": True, "lrs": "0.1,1", "steps": 8, "workers": 1}

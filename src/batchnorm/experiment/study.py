@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from ..experiment.claims import Claim, compute_claims
-from ..experiment.data import Dataset, load
-from ..experiment.engine import Execute, Row, check_engine, open_engine
-from ..experiment.factors import (
-    Factors,
+import pandas as pd
+
+from .analysis.claims import Claim, compute_claims
+from .analysis.summary import Outcome, command_line, summarize
+from .analysis.target import evaluate_rows, runs_table, with_steps
+from .data.opening import load
+from .design.factors import (
     choose_level_rates,
     most_runs,
     own_level,
-    parse_batch_sizes,
-    parse_optimizers,
     runs_to_choose,
     runs_to_measure,
 )
-from ..experiment.logs import RunLogs
-from ..experiment.plan import BASE_SEED, Plan, Run, make_plan
-from ..experiment.prepare import Prepared, prepare
-from ..experiment.progress import ProgressView
-from ..experiment.record import COLUMNS, Record
-from ..experiment.report import write_report
-from ..experiment.selection import choose_fastest, choose_rates, choose_settings
-from ..experiment.summary import Outcome, command_line, summarize
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .design.parsing import parse_batch_sizes, parse_optimizers
+from .design.plan import BASE_SEED, make_plan
+from .design.prepare import Prepared, prepare
+from .design.selection import choose_rates
+from .engines.base import Execute
+from .engines.choice import check_engine, open_engine
+from .logs.all_logs import RunLogs
+from .output.progress import ProgressView
+from .output.study_folder import Record, Row
+from .report.page import write_report
+from .training.runs import Run
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def study(
     optimizer: str | Iterable[str] | None = None,
     progress: TextIO | None = None,
 ) -> StudyResult:
-    """Trains the same network under each arm over grids of settings and seeds, and measures how they differ.
+    """Train the same network under each arm over grids of settings and seeds, and measures how they differ.
 
     Args:
         data: ``digits``, ``openml:NAME``, a .npz, .npy, .csv or .parquet file, a folder of such shards or of images
@@ -134,30 +133,29 @@ def _run_and_judge(
     logs: RunLogs,
     progress: TextIO | None,
 ) -> tuple[list[Row], Outcome]:
-    """Returns the rows of all runs, in the plan's order, training those not `done`, and what they come to."""
+    """Return the rows of all runs, in the plan's order, training those not `done`, and what they come to."""
     plan, data = study.plan, study.data
-    own, added = _run_missing(plan, study.factors, data, engine, record, done, logs, progress)
-    own, chosen, target = _evaluate_rows(plan, data, record, own)
+    own, added = _run_missing(study, engine, record, done, logs, progress)
+    own, chosen, target = evaluate_rows(plan, data, record, own)
     claims = compute_claims(
-        _table(own), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
+        runs_table(own), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
         target=target, chance=data.chance("validation"),
     )  # fmt: skip
     rows = own + with_steps(target, added, record)
     logs.complete(rows)
-    return rows, Outcome(_table(rows), chosen, target, claims)
+    return rows, Outcome(runs_table(rows), chosen, target, claims)
 
 
 def _run_missing(
-    plan: Plan,
-    factors: Factors,
-    data: Dataset,
+    study: Prepared,
     engine: AbstractContextManager[Execute],
     record: Record,
     done: list[Row],
     logs: RunLogs,
     progress: TextIO | None,
 ) -> tuple[list[Row], list[Row]]:
-    """Returns the rows of all the plan's runs, in its order, and of the factors', training those not `done`."""
+    """Return the rows of all the plan's runs, in its order, and of the factors', training those not `done`."""
+    plan, factors = study.plan, study.factors
     rows = {row["run_id"]: row for row in done}
     logs.catch_up(done)
     total = len(plan) + most_runs(factors, plan)
@@ -173,76 +171,12 @@ def _run_missing(
             return [rows[run.run_id] for run in runs]
 
         own = wave(plan.runs_at_base())
-        own += wave(plan.runs_at_best(choose_rates(_table(own), plan.arms)))
+        own += wave(plan.runs_at_best(choose_rates(runs_table(own), plan.arms)))
         choosing = wave(runs_to_choose(factors, plan))
         if not choosing:
             return own, []
-        _, _, target = _evaluate_rows(plan, data, record, own)
-        chosen = choose_level_rates(factors, plan, _table(with_steps(target, choosing, record)))
+        _, _, target = evaluate_rows(plan, study.data, record, own)
+        chosen = choose_level_rates(factors, plan, runs_table(with_steps(target, choosing, record)))
         measuring = runs_to_measure(factors, plan, chosen)
         view.expect(len(own) + len(choosing) + len(measuring))
         return own, choosing + wave(measuring)
-
-
-def _evaluate_rows(
-    plan: Plan, data: Dataset, record: Record, rows: list[Row]
-) -> tuple[list[Row], dict[str, dict[str, float]], float | None]:
-    """Returns the rows with `steps_to_target`, each arm's chosen setting and best rate, and the target."""
-    table = _table(rows)
-    best = choose_rates(table, plan.arms)
-    chosen = {arm: {"best_lr": best[arm], **setting} for arm, setting in choose_settings(table, plan.arms).items()}
-    target = _target(plan, rows, best[plan.arms[0]], data)
-    evaluated = with_steps(target, rows, record)
-    for arm, rate in choose_fastest(_table(evaluated), plan.arms).items():
-        chosen[arm]["fastest_lr"] = rate
-    return evaluated, chosen, target
-
-
-def _target(plan: Plan, rows: list[Row], best_lr: float, data: Dataset) -> float | None:
-    """Returns the validation accuracy that the first arm attains, None when it learns nothing at any rate.
-
-    The lower 95 % limit, for so many samples, of the median over the choosing seeds at the arm's best rate (the
-    measuring seeds have no part in it). On the plateau above, which run is first is a lottery.
-    """
-    attained = statistics.median(
-        row["val_accuracy"]
-        for row in rows
-        if (row["arm"], row["purpose"], row["lr"]) == (plan.arms[0], "choose", best_lr)
-        and row["weight_decay"] == row["dropout"] == 0
-    )
-    if attained <= data.chance("validation"):
-        return None
-    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
-
-
-def with_steps(target: float | None, rows: list[Row], record: Record) -> list[Row]:
-    """Returns the rows with `steps_to_target`."""
-    return [
-        {**row, "steps_to_target": None if row["diverged"] else steps_to(target, record.read_trace(row["run_id"]))}
-        for row in rows
-    ]
-
-
-def steps_to(target: float | None, trace: dict[str, Any]) -> float | None:
-    """Returns the step at which a run's validation accuracy first reaches the target, None if it never does.
-
-    Drawn straight between evaluations, so that the grid of evaluation steps does not round the answer.
-    """
-    if target is None:
-        return None
-    steps, accuracies = trace["steps"], trace["val_accuracy"]
-    for k, accuracy in enumerate(accuracies):
-        if accuracy >= target:
-            if k == 0:
-                return float(steps[0])
-            share = (target - accuracies[k - 1]) / (accuracy - accuracies[k - 1])
-            return round(steps[k - 1] + share * (steps[k] - steps[k - 1]), 3)
-    return None
-
-
-def _table(rows: list[Row]) -> pd.DataFrame:
-    import pandas as pd
-
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    numbers = ["steps_to_target", "train_loss", "drift"]
-    return table.astype({**dict.fromkeys(numbers, "float64"), "diverged": "bool"})

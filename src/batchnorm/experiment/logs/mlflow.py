@@ -1,4 +1,4 @@
-"""Runs as MLflow's: in OUT/mlruns, or wherever MLFLOW_TRACKING_URI says."""
+"""Runs in MLflow: in OUT/mlruns, or where MLFLOW_TRACKING_URI says."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...experiment.logs import PARAMETERS, Row, curves_of, finals_of
-from ...experiment.record import Record
+from ..output.study_folder import Record, Row
+from .run_log import PARAMETERS, curves_of, finals_of
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read as mlflow is imported; a study calls nobody
+os.environ.setdefault(
+    "MLFLOW_DISABLE_TELEMETRY", "true"
+)  # mlflow reads it when it is imported; a study sends no telemetry
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, ViewType
@@ -23,7 +25,7 @@ _PAGE = 1000
 
 
 class MlflowLog:
-    """One experiment a study folder, named after it (or by MLFLOW_EXPERIMENT_NAME), and in it a run a run.
+    """One experiment a study folder, named after it (or by MLFLOW_EXPERIMENT_NAME), and in it one MLflow run a run.
 
     Two tags tell a resumed study what is there already: which study a run belongs to (a store may hold many), and a
     digest of its row. A run that was trained again, because its row had been lost, takes the place of the first.
@@ -36,10 +38,10 @@ class MlflowLog:
         self._store = os.environ.get("MLFLOW_TRACKING_URI")
         self.where = self._store or str(record.folder / "mlruns")
         self._name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or f"batchnorm study {record.folder.resolve().name}"
-        self._held: dict[str, Run] = {}  # the whole runs of this study, by our run_id
+        self._held: dict[str, Run] = {}  # the complete runs of this study, by our run_id
 
     def open(self) -> None:
-        # MLflow develops its file store no further and asks for this. The database that it prefers is slow to be made.
+        # MLflow no longer develops its file store and asks for this. The database that it prefers is slow to create.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         if self._store is None:
             Path(self.where).mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ class MlflowLog:
 
 
 def _digest_row(row: Row) -> str:
-    """Returns what tells this row from that of any other training; `steps_to_target` comes later and has no part."""
+    """Return a digest that identifies the row of one training; `steps_to_target` is known later and left out."""
     return _digest({name: value for name, value in row.items() if name != "steps_to_target"})
 
 

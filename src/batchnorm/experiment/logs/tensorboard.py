@@ -1,4 +1,4 @@
-"""Runs as TensorBoard's event files: OUT/tensorboard/RUN_ID, a folder a run."""
+"""Runs as TensorBoard's event files: one folder a run, OUT/tensorboard/RUN_ID."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ...experiment.logs import PARAMETERS, Row, curves_of, finals_of
+from ..output.study_folder import Row
+from .run_log import PARAMETERS, curves_of, finals_of
 
 _COMPLETION = ".steps_to_target"  # ends the name of the event file that holds it
 
@@ -34,7 +35,7 @@ class TensorBoardLog:
         return (self._folder / row["run_id"]).is_dir()
 
     def add(self, row: Row, trace: dict[str, Any]) -> None:
-        # A run appears by a rename, so that a driver killed here leaves no half of it.
+        # A run appears by a rename, so that a study that is killed here leaves no incomplete run.
         finished = self._folder / row["run_id"]
         with _writer(self._unfinished) as writer:
             for name, step, value in curves_of(trace):
@@ -51,7 +52,7 @@ class TensorBoardLog:
 
 @contextmanager
 def _writer(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
-    """Gives a writer whose thread, where the disk refuses, does not print a traceback: `flush` raises it here too."""
+    """Yield a writer whose thread prints no traceback for a full disk, because `flush` raises the error here too."""
     report = threading.excepthook
     threading.excepthook = lambda died: None if isinstance(died.exc_value, OSError) else report(died)
     try:

@@ -1,4 +1,4 @@
-"""The headline, and one card a claim: the question, the verdict as word and symbol, the numbers, the interval drawn."""
+"""The headline, and a card for each claim: question, verdict as word and symbol, numbers, a plot of the interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .evidence import Evidence, finite
+from .evidence import StudyEvidence, finite
 from .style import arm_words, number
 
 Claim = Mapping[str, Any]
@@ -64,12 +64,12 @@ class Card:
 
 
 def cards(summary: Mapping[str, Any]) -> list[Card]:
-    """One card a claim, in the order of the summary; a claim under a new name gets a card too."""
+    """Return one card a claim, in the order of the summary; a claim under a new name gets a card too."""
     return [_card(str(name), claim) for name, claim in (summary.get("claims") or {}).items()]
 
 
 def measured(claim: Claim) -> bool:
-    """Whether the claim says anything: an estimate, or at least one end of an interval."""
+    """Return whether the claim says anything: an estimate, or at least one end of an interval."""
     return any(finite(claim.get(key)) is not None for key in ("estimate", "ci_low", "ci_high"))
 
 
@@ -86,7 +86,7 @@ def _card(name: str, claim: Claim) -> Card:
 
 
 def _footnote(claim: Claim) -> str:
-    """How many seeds, and how many runs are known only to lie beyond a limit; the claim's text says which limit."""
+    """Return the number of seeds, and of runs that are known only to lie beyond a limit (the text says which)."""
     parts = []
     if finite(claim.get("n")):
         parts.append(f"n = {number(claim['n'])} seeds an arm")
@@ -95,8 +95,8 @@ def _footnote(claim: Claim) -> str:
     return ", ".join(parts)
 
 
-def headline(evidence: Evidence) -> str:
-    """The study's answer as one sentence."""
+def headline(evidence: StudyEvidence) -> str:
+    """Return the study's answer as one sentence."""
     compared, baseline = (str(evidence.summary.get(key, "")) for key in ("compared", "baseline"))
     if compared == baseline or len(evidence.arms) < 2:
         return f"One arm was run ({arm_words(compared or 'none')}), so there is nothing to compare it with."
@@ -114,8 +114,8 @@ def headline(evidence: Evidence) -> str:
     return f"{subject} {_listed(good or bad)}."
 
 
-def remainder(evidence: Evidence) -> list[str]:
-    """What the headline leaves out: where nothing was found, and where nothing could be measured."""
+def remainder(evidence: StudyEvidence) -> list[str]:
+    """Return what the headline leaves out: where nothing was found, and where nothing could be measured."""
     claims = evidence.summary.get("claims") or {}
     known = [(QUESTIONS[name].subject, claim) for name, claim in claims.items() if name in QUESTIONS]
     same = [s for s, c in known if measured(c) and c.get("verdict") not in ("better", "worse")]
@@ -132,16 +132,16 @@ def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-# The small plot, in its own units: the bar runs between EDGE and WIDTH - EDGE.
+# Sizes of the small plot: the bar lies between EDGE and WIDTH - EDGE.
 WIDTH, HEIGHT, EDGE, BAR = 300, 74, 26, 34
 
 
 def interval_plot(claim: Claim, sign: int) -> Markup:
-    """The interval against the value of no effect as a small SVG; an open end is drawn as an arrow."""
+    """Return the interval against the value of no effect as a small SVG; an open end is drawn as an arrow."""
     null = finite(claim.get("null")) or 0.0
     estimate, low, high = (finite(claim.get(key)) for key in ("estimate", "ci_low", "ci_high"))
     if null == 1.0 and low is not None and low <= 0:
-        low = None  # a ratio's lower end at 0 is no bound
+        low = None  # 0 is no lower bound of a ratio
     place = _scale([null, *(v for v in (estimate, low, high) if v is not None)], ratio=null == 1.0)
     left = EDGE / 2 if low is None else place(low)
     right = WIDTH - EDGE / 2 if high is None else place(high)
@@ -166,7 +166,10 @@ def _bound(value: float | None) -> str:
 
 
 def _scale(values: list[float], ratio: bool) -> Any:
-    """Value → horizontal place; logarithmic for a ratio, so that 2 and 1/2 stand equally far from 1."""
+    """Return the function from a value to its horizontal position.
+
+    It is logarithmic for a ratio, so that 2 and 1/2 are equally far from 1.
+    """
     log = ratio and min(values) > 0
     shown = [math.log(v) for v in values] if log else values
     low, high = min(shown), max(shown)
@@ -184,7 +187,7 @@ def _anchor(x: float) -> str:
 
 
 def _ends(left: float, right: float, low: float | None, high: float | None) -> list[Markup]:
-    """The bounds under the ends of the bar; one text where two would touch."""
+    """Return the bounds as texts below the ends of the bar, or as one text where two would touch."""
     if right - left < 44:
         return [_text("num", (left + right) / 2, BAR + 20, f"{_bound(low)} – {_bound(high)}", _anchor(left))]
     ends = ((left, low), (right, high))

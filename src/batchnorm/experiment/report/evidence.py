@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from ..analysis.intervals import student_half_width
 
 Trace = Mapping[str, Any]
 AFFINE_LEVELS = (5, 25, 50, 75, 95)
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None for what is no finite number (None, NaN, infinity, text)."""
+    """Return the number, or None for what is no finite number (None, NaN, infinity, text)."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -43,7 +44,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One setting of one arm: the accuracy of its runs and how many of them diverged."""
 
     value: float
@@ -55,10 +56,8 @@ class Cell:
         return finite(np.mean(self.accuracies)) if self.accuracies else None
 
     def half_width(self) -> float | None:
-        """Half of the 95 % Student interval of the mean over seeds; None for fewer than two runs."""
-        if len(self.accuracies) < 2:
-            return None
-        return float(stats.t.ppf(0.975, len(self.accuracies) - 1) * stats.sem(self.accuracies))
+        """Return half of the 95 % interval of the mean over seeds, None for fewer than two runs."""
+        return student_half_width(self.accuracies)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class AffineLayer:
 
 
 @dataclass
-class Evidence:
+class StudyEvidence:
     """The study's files behind one set of questions; `traces(run_id)` may fail for a run whose file is gone."""
 
     summary: Mapping[str, Any]
@@ -107,7 +106,7 @@ class Evidence:
         return finite(self.summary.get("target_accuracy"))
 
     def trace(self, run_id: str) -> Trace:
-        """The run's trace, or an empty one where it cannot be read: the report then says less, and still opens."""
+        """Return the trace of a run, an empty one where it cannot be read: the report then shows less."""
         if run_id not in self._read:
             try:
                 self._read[run_id] = self.traces(run_id) or {}
@@ -116,12 +115,14 @@ class Evidence:
         return self._read[run_id]
 
     def measured(self, arm: str, **setting: float | None) -> pd.DataFrame:
-        """Runs of the measuring seeds of one arm, at the study's own batch size and optimizer where it has others."""
+        """Return the measuring runs of one arm, at the study's own batch size and optimizer where it has several."""
         return self.measured_at((self.summary.get("factors") or {}).get("own"), arm, **setting)
 
     def measured_at(self, level: Mapping[str, Any] | None, arm: str, **setting: float | None) -> pd.DataFrame:
-        """Runs of the measuring seeds of one arm at the batch size and optimizer in `level`; a setting of None
-        matches nothing."""
+        """Return the measuring runs of one arm at the batch size and optimizer in `level`.
+
+        A setting of None matches nothing.
+        """
         rows = self.runs
         if rows.empty:
             return rows
@@ -134,12 +135,12 @@ class Evidence:
         return rows[keep]
 
     def fastest_rate(self, arm: str) -> float | None:
-        """The rate at which the arm's speed is compared."""
+        """Return the rate at which the arm's speed is compared."""
         fastest = self.setting(arm, "fastest_lr")
         return self.setting(arm, "best_lr") if fastest is None else fastest
 
     def base(self, arm: str) -> pd.DataFrame:
-        """The arm's measuring runs at its own fastest rate, without weight decay or dropout."""
+        """Return the arm's measuring runs at its own fastest rate, without weight decay or dropout."""
         return self.measured(arm, lr=self.fastest_rate(arm), weight_decay=0.0, dropout=0.0)
 
     def chosen(self, arm: str) -> pd.DataFrame:
@@ -150,7 +151,7 @@ class Evidence:
         return self.curve_of(arm, self.base(arm))
 
     def curve_of(self, name: str, rows: pd.DataFrame) -> Curve | None:
-        """The median and the range of these runs."""
+        """Return the median and the range of these runs."""
         tracks = {row.run_id: self.trace(row.run_id) for row in rows.itertuples()}
         steps = sorted({step for trace in tracks.values() for step in trace.get("steps", []) if step > 0})
         lines = [_on_steps(tracks[row.run_id], row, steps) for row in rows.itertuples()]
@@ -162,8 +163,8 @@ class Evidence:
         middle, low, high = (f(table, axis=0).tolist() for f in (np.median, np.min, np.max))
         return Curve(name, steps, middle, low, high, len(lines), reached)
 
-    def cells(self, arm: str, swept: str) -> list[Cell]:
-        """The arm's runs over the grid of `swept` ("lr", "weight_decay" or "dropout"), the others held at base."""
+    def cells(self, arm: str, swept: str) -> list[GridCell]:
+        """Return the arm's runs over the grid of `swept` ("lr", "weight_decay" or "dropout"), other settings fixed."""
         held: dict[str, float | None] = {"weight_decay": 0.0, "dropout": 0.0}
         if swept != "lr":
             held["lr"] = self.setting(arm, "best_lr")
@@ -175,11 +176,11 @@ class Evidence:
         for value, group in rows.groupby(rows[swept].astype(float)):
             scored = group[np.isfinite(group["val_accuracy"].astype(float))]
             accuracies = scored["val_accuracy"].astype(float).tolist()
-            found.append(Cell(float(value), accuracies, [_truth(flag) for flag in scored["diverged"]]))
+            found.append(GridCell(float(value), accuracies, [_truth(flag) for flag in scored["diverged"]]))
         return found
 
     def typical_run(self, arm: str) -> Trace:
-        """The trace of the base run whose drift is the middle one of its seeds (of the lower two when even)."""
+        """Return the trace of the base run whose drift is the middle one of its seeds (of the lower two when even)."""
         rows = self.base(arm)
         kept = rows[[not _truth(flag) for flag in rows["diverged"]]] if len(rows) else rows
         for run_id in _from_the_middle(kept):
@@ -210,7 +211,7 @@ class Evidence:
         )  # fmt: skip
 
     def affine(self, arm: str) -> list[AffineLayer]:
-        """Learned γ and β by layer, all base runs of the arm pooled."""
+        """Return learned γ and β by layer, all base runs of the arm pooled."""
         weights: dict[str, list[float]] = {}
         biases: dict[str, list[float]] = {}
         for run_id in self.base(arm)["run_id"] if len(self.base(arm)) else []:
@@ -234,7 +235,7 @@ def _truth(flag: Any) -> bool:
 
 
 def _on_steps(trace: Trace, row: Any, steps: Sequence[int]) -> list[float] | None:
-    """One run's accuracy at `steps`; after it diverged it counts as chance, which its row records."""
+    """Return one run's accuracy at `steps`; after it diverged it counts as chance, which its row records."""
     pairs = zip(trace.get("steps", []), trace.get("val_accuracy", []), strict=False)
     known = {step: value for step, value in pairs if finite(value) is not None}
     if not known:
@@ -246,7 +247,7 @@ def _on_steps(trace: Trace, row: Any, steps: Sequence[int]) -> list[float] | Non
 
 
 def _from_the_middle(rows: pd.DataFrame) -> list[str]:
-    """run_ids ordered by how near their drift stands to the middle of the ranking."""
+    """Return the run_ids, those first whose drift is nearest to the middle of the ranking."""
     if rows.empty:
         return []
     ranked = rows.sort_values("drift")["run_id"].tolist() if "drift" in rows else rows["run_id"].tolist()
@@ -255,7 +256,7 @@ def _from_the_middle(rows: pd.DataFrame) -> list[str]:
 
 
 def _typical_unit(values: np.ndarray) -> int:
-    """Index of the unit whose median travels the median distance of all units (values: (T, U, 3))."""
+    """Return the index of the unit whose median travels the median distance of all units (values: (T, U, 3))."""
     travel = np.abs(np.diff(values[:, :, 1], axis=0)).sum(axis=0)
     return int(np.argsort(travel, kind="stable")[(len(travel) - 1) // 2])
 

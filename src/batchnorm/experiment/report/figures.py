@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .evidence import Cell, Curve, Evidence
+from .evidence import Curve, GridCell, StudyEvidence
 from .style import arm_color, arm_dash, arm_mark, faded, label, number, percent, ticks
 
 Plotly = dict[str, Any]
@@ -61,8 +61,8 @@ def step_axis(steps: Sequence[int]) -> Plotly:
     return axis("training step (log scale)", type="log", dtick=1, range=[-0.03, last + 0.03], tickformat=",d")
 
 
-def accuracy(evidence: Evidence) -> Figure | None:
-    """Validation accuracy against steps, each arm at its fastest rate: median of the seeds, band over all."""
+def accuracy(evidence: StudyEvidence) -> Figure | None:
+    """Return the figure of accuracy against steps, each arm at its fastest rate: the median and a band of all seeds."""
     curves = [curve for arm in evidence.arms if (curve := evidence.curve(arm))]
     if not curves:
         return None
@@ -72,14 +72,14 @@ def accuracy(evidence: Evidence) -> Figure | None:
     if evidence.target is not None:
         drawn["shapes"] = [_rule(evidence.target)]
         text = f"target {percent(evidence.target)}"
-        drawn["annotations"] = [_note(text, xref="paper", x=0.005, xanchor="left", y=evidence.target, yanchor="bottom")]
+        drawn["annotations"] = [note(text, xref="paper", x=0.005, xanchor="left", y=evidence.target, yanchor="bottom")]
         data += [mark for curve in curves for mark in _crossing(evidence, curve, evidence.target)]
     alt = "Validation accuracy against training steps. " + " ".join(_curve_words(evidence, c) for c in curves)
     return Figure("accuracy", data, drawn, 420, alt)
 
 
 def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0) -> list[Plotly]:
-    """Band and line of one curve among those named; a step is worth `unit` on the horizontal axis."""
+    """Return the band and the line of one curve; a step is `unit` long on the horizontal axis."""
     color, name = arm_color(names, curve.arm), label(curve.arm)
     x = [step * unit for step in curve.steps]
     band = {
@@ -95,8 +95,8 @@ def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0) -> list[
     return [band, line]
 
 
-def _crossing(evidence: Evidence, curve: Curve, target: float) -> list[Plotly]:
-    """A mark where the median run reaches the target, where more than half of the runs reach it at all."""
+def _crossing(evidence: StudyEvidence, curve: Curve, target: float) -> list[Plotly]:
+    """Return a mark where the median run reaches the target, where more than half of the runs reach it at all."""
     if len(curve.to_target) * 2 <= curve.seeds:
         return []
     missing = [float("inf")] * (curve.seeds - len(curve.to_target))
@@ -114,7 +114,7 @@ def _crossing(evidence: Evidence, curve: Curve, target: float) -> list[Plotly]:
     }]  # fmt: skip
 
 
-def _curve_words(evidence: Evidence, curve: Curve) -> str:
+def _curve_words(evidence: StudyEvidence, curve: Curve) -> str:
     reached = ""
     if evidence.target is not None:
         reached = f"; {len(curve.to_target)} of {curve.seeds} runs reach the target"
@@ -128,12 +128,15 @@ def _rule(y: float, **more: Any) -> Plotly:
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line, **more}
 
 
-def _note(text: str, **more: Any) -> Plotly:
+def note(text: str, **more: Any) -> Plotly:
     return {"text": text, "showarrow": False, "font": {"size": 12, "color": "--soft"}, **more}
 
 
-def rates(evidence: Evidence) -> Figure | None:
-    """Heat map of arm × learning rate. The arm's name stands above its row, so that it costs a phone no width."""
+def rates(evidence: StudyEvidence) -> Figure | None:
+    """Return the heat map of arms and learning rates.
+
+    The name of an arm stands above its row and not beside it, because a phone's screen is narrow.
+    """
     table = {arm: evidence.cells(arm, "lr") for arm in evidence.arms}
     grid = sorted({cell.value for cells in table.values() for cell in cells})
     if not grid:
@@ -152,7 +155,7 @@ def rates(evidence: Evidence) -> Figure | None:
             [_heat_text(known.get(v), best, evidence.setting(arm, "best_lr")) for v in grid],
         ]
         hovers += [[""] * len(grid), [_heat_words(arm, known.get(v), v) for v in grid]]
-        notes.append(_note(
+        notes.append(note(
             label(arm), xref="paper", x=0, xanchor="left", y=edges[-1] - 0.24, yanchor="middle",
             font={"size": 13, "color": "--ink"},
         ))  # fmt: skip
@@ -173,7 +176,7 @@ def rates(evidence: Evidence) -> Figure | None:
     return Figure("rates", [heat], drawn, 130 + 84 * len(table), _rates_alt(table))
 
 
-def _heat_text(cell: Cell | None, best: float, best_rate: float | None) -> str:
+def _heat_text(cell: GridCell | None, best: float, best_rate: float | None) -> str:
     if cell is None or cell.mean is None:
         return ""
     if cell.diverged and all(cell.diverged):
@@ -186,14 +189,14 @@ def _heat_text(cell: Cell | None, best: float, best_rate: float | None) -> str:
     return f"{shown}<br>✕{sum(cell.diverged)}" if any(cell.diverged) else shown
 
 
-def _heat_words(arm: str, cell: Cell | None, value: float) -> str:
+def _heat_words(arm: str, cell: GridCell | None, value: float) -> str:
     if cell is None or cell.mean is None:
         return f"{label(arm)}, rate {number(value)}: not run"
     fate = f"{sum(cell.diverged)} of {len(cell.diverged)} runs diverged"
     return f"{label(arm)}, rate {number(value)}<br>mean accuracy {percent(cell.mean)}<br>{fate}"
 
 
-def _rates_alt(table: dict[str, list[Cell]]) -> str:
+def _rates_alt(table: dict[str, list[GridCell]]) -> str:
     words = ["Mean best validation accuracy for each arm and learning rate."]
     for arm, cells in table.items():
         scored = [cell for cell in cells if cell.mean is not None]
@@ -207,8 +210,11 @@ def _rates_alt(table: dict[str, list[Cell]]) -> str:
     return " ".join(words)
 
 
-def sweep(evidence: Evidence, swept: str, title: str) -> Figure | None:
-    """Accuracy over a grid of weight decay or dropout: dots are seeds, bars 95 % intervals of the mean over them."""
+def sweep(evidence: StudyEvidence, swept: str, title: str) -> Figure | None:
+    """Return the figure of accuracy over a grid of weight decay or dropout.
+
+    Dots are seeds, bars are 95 % intervals of their mean.
+    """
     table = {arm: cells for arm in evidence.arms if (cells := evidence.cells(arm, swept))}
     grid = sorted({cell.value for cells in table.values() for cell in cells})
     if not grid:
@@ -229,7 +235,9 @@ def sweep(evidence: Evidence, swept: str, title: str) -> Figure | None:
     return Figure(swept, data, layout(x, y, showlegend=True), 310 + 14 * len(table), alt, title.capitalize())
 
 
-def _sweep_traces(evidence: Evidence, arm: str, cells: list[Cell], grid: list[float], offset: float) -> list[Plotly]:
+def _sweep_traces(
+    evidence: StudyEvidence, arm: str, cells: list[GridCell], grid: list[float], offset: float
+) -> list[Plotly]:
     color, name = arm_color(evidence.arms, arm), label(arm)
     scored = [cell for cell in cells if cell.accuracies]
     at = [grid.index(cell.value) + offset for cell in scored]

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds all it shows, and writes nothing half.
+"""The page: one HTML file that holds all that it shows.
 
 Jinja2 fills the template, since it escapes by default what a template merely prints: a label holding HTML is text.
 A content security policy allows the page's own two scripts by their hash and nothing else, no network of any kind.
@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,8 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from . import cards, factors, figures, layers, tables
-from .evidence import Evidence, Trace
+from ..output.files import write_whole
+from . import cards, factor_section, figures, inside_network, tables
+from .evidence import StudyEvidence, Trace
 from .style import arm_words
 
 
@@ -38,15 +38,15 @@ def write_report(
     `traces/RUN_ID.json` holds; a trace that raises OSError, KeyError or ValueError is left out. The file appears
     under its name only when it is complete.
     """
-    html = render(Evidence(summary, runs, traces))
-    _write_whole(Path(path), html)
+    html = render(StudyEvidence(summary, runs, traces))
+    write_whole(Path(path), html)
 
 
-def render(evidence: Evidence) -> str:
-    """The page as text."""
+def render(evidence: StudyEvidence) -> str:
+    """Return the page as text."""
     plotly, boot = get_plotlyjs(), asset("report.js")
     drawn = _figures(evidence)
-    parts = factors.parts(evidence)
+    parts = factor_section.parts(evidence)
     shown = [figure for group in (*drawn.values(), *(part.figures for part in parts)) for figure in group]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("report.html")).render(
@@ -64,14 +64,14 @@ def render(evidence: Evidence) -> str:
         tables=_tables(evidence),
         few=tables.FEW_VALUES,
         bare=[arm for arm in evidence.arms if not (evidence.summary.get("layers") or {}).get(arm)],
-        zone=layers.zone_of(evidence.summary),
+        zone=inside_network.zone_of(evidence.summary),
         provenance=tables.provenance(evidence),
         diverged=evidence.diverged(),
         **_words(evidence),
     )
 
 
-def _figures(evidence: Evidence) -> dict[str, list[figures.Figure]]:
+def _figures(evidence: StudyEvidence) -> dict[str, list[figures.Figure]]:
     found: dict[str, Sequence[figures.Figure | None]] = {
         "accuracy": [figures.accuracy(evidence)],
         "rates": [figures.rates(evidence)],
@@ -79,13 +79,13 @@ def _figures(evidence: Evidence) -> dict[str, list[figures.Figure]]:
             figures.sweep(evidence, "weight_decay", "weight decay"),
             figures.sweep(evidence, "dropout", "dropout"),
         ],
-        "fans": layers.fans(evidence),
-        "affine": layers.affine(evidence),
+        "fans": inside_network.fans(evidence),
+        "affine": inside_network.affine(evidence),
     }
     return {name: [figure for figure in group if figure] for name, group in found.items()}
 
 
-def _tables(evidence: Evidence) -> dict[str, list[tables.Table]]:
+def _tables(evidence: StudyEvidence) -> dict[str, list[tables.Table]]:
     found: dict[str, Sequence[tables.Table | None]] = {
         "accuracy": [tables.accuracy(evidence)],
         "rates": [tables.grid(evidence, "lr", "Learning rate")],
@@ -101,8 +101,8 @@ def _tables(evidence: Evidence) -> dict[str, list[tables.Table]]:
     return {name: [table for table in group if table] for name, group in found.items()}
 
 
-def _words(evidence: Evidence) -> dict[str, Any]:
-    """The summary's names as the template speaks of them."""
+def _words(evidence: StudyEvidence) -> dict[str, Any]:
+    """Return the words of the summary that the template shows."""
     summary = evidence.summary
     seeds = {"choose": [], "measure": [], **(summary.get("seeds") or {})}
     return {
@@ -119,17 +119,17 @@ def _words(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _data_name(evidence: Evidence) -> str:
+def _data_name(evidence: StudyEvidence) -> str:
     return str((evidence.summary.get("data") or {}).get("name", "data"))
 
 
 def asset(name: str) -> str:
-    """A file of this package: the template, the style or the script."""
+    """Return a file of this package: the template, the style or the script."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def json_for_script(value: Any) -> Markup:
-    """JSON that no text inside can end the surrounding <script> with, or open a comment in; NaN and Inf as null."""
+    """Return JSON for a <script>: no text in it can end the script or open a comment; NaN and Inf become null."""
     text = json.dumps(_known(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
@@ -148,25 +148,3 @@ def _policy(*scripts: str) -> str:
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     # Plotly sets inline styles, and saves a figure as an image by way of data: and blob: addresses.
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Beside its place first, then moved there: a reader finds the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """What `open` would have used; mkstemp makes files that only their owner can read, which cannot be shared."""
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -7,35 +7,25 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..training.arms import ARMS
 from .evidence import finite
 
-# Okabe and Ito's palette (Color Universal Design, 2008), which people with any common color blindness tell apart.
+# Okabe and Ito's palette (Color Universal Design, 2008): people with any common color blindness can distinguish it.
 # Its black is a gray here, legible on light and on dark paper; its yellow, 1.3 : 1 on white, is darkened.
 BASELINE = "#D55E00"
 COMPARED = "#0072B2"
 BETWEEN = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7F87", "#8A7D00")
-# Color is never alone: every arm has a dash and a mark of its own as well.
+# Besides its color, every arm has its own dash and mark.
 DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "5px 2px 1px 2px", "2px 6px")
 MARKS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "pentagon")
 
-ARM_WORDS = {
-    "none": "no normalization",
-    "batch": "batch normalization",
-    "batch_no_affine": "batch normalization without γ and β",
-    "ghost": "ghost batch normalization",
-    "renorm": "batch renormalization",
-    "layer": "layer normalization",
-    "group": "group normalization",
-    "instance": "instance normalization",
-}
-
 
 def arm_words(arm: str) -> str:
-    return ARM_WORDS.get(arm, arm)
+    return ARMS[arm].words if arm in ARMS else arm
 
 
 def arm_color(arms: Sequence[str], arm: str) -> str:
-    """The first arm is always vermilion and the last always blue, so that two reports read alike."""
+    """Return the arm's color: the first arm is always vermilion and the last always blue, in every report."""
     index = list(arms).index(arm)
     if index == 0:
         return BASELINE
@@ -45,7 +35,7 @@ def arm_color(arms: Sequence[str], arm: str) -> str:
 
 
 def arm_dash(arms: Sequence[str], arm: str) -> str:
-    """Solid for the arm under question; a dash of its own for every other."""
+    """Return the arm's dash: solid for the last arm, which the claims are about, and another one for each other arm."""
     index = list(arms).index(arm)
     return "solid" if index == len(arms) - 1 else DASHES[index % len(DASHES)]
 
@@ -60,7 +50,7 @@ def faded(color: str, alpha: float) -> str:
 
 
 def label(text: Any, limit: int = 30) -> str:
-    """A user's text as plotly shall draw it: letters only.
+    """Return a user's text so that plotly draws it as plain text.
 
     Plotly reads its own small HTML in every label, `%{…}` in hover texts and `$…$` as TeX; entities disarm all three.
     A long text keeps both ends, since module names differ at their end.
@@ -72,7 +62,7 @@ def label(text: Any, limit: int = 30) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number to some significant digits with a true minus sign; an em dash for none."""
+    """Return a number to some significant digits with a true minus sign; an em dash for none."""
     known = finite(value)
     if known is None:
         return "—"
@@ -95,7 +85,7 @@ def percent(value: Any, places: int = 1) -> str:
 
 
 def ticks(values: Sequence[float]) -> list[str]:
-    """Shortest labels that tell all `values` apart and are off by under 6 %: 0.0032 is 0.003, but 0.25 stays 0.25."""
+    """Return the shortest labels that are all different and off by under 6 %: 0.0032 is 0.003, but 0.25 stays 0.25."""
     for digits in range(1, 7):
         rounded = [float(f"{value:.{digits - 1}e}") for value in values]
         near = all(abs(r - value) <= 0.06 * abs(value) for r, value in zip(rounded, values, strict=True))

@@ -1,4 +1,4 @@
-"""The report's tables: the numbers behind each figure, the layers, the settings, where it all came from."""
+"""The report's tables: the numbers behind each figure, the layers, the settings, the provenance."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .evidence import AFFINE_LEVELS, Cell, Evidence, finite
+from .evidence import AFFINE_LEVELS, GridCell, StudyEvidence, finite
 from .style import number, percent
 
 VERSIONED = ("batchnorm", "torch", "python")
-FEW_VALUES = 26  # fewer values than this a mean: the noise of batch statistics starts to hurt
+FEW_VALUES = 26  # values in one mean; with fewer, the noise of batch statistics starts to do harm
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Table:
     lead: int = 1
 
 
-def accuracy(evidence: Evidence) -> Table | None:
+def accuracy(evidence: StudyEvidence) -> Table | None:
     rows = []
     for arm in evidence.arms:
         if curve := evidence.curve(arm):
@@ -39,8 +39,8 @@ def accuracy(evidence: Evidence) -> Table | None:
     return Table(caption, head, rows) if rows else None
 
 
-def grid(evidence: Evidence, swept: str, title: str) -> Table | None:
-    """Values of the grid down, arms across: mean accuracy and how many runs diverged."""
+def grid(evidence: StudyEvidence, swept: str, title: str) -> Table | None:
+    """Return the mean accuracy and the number of diverged runs: one row a value of the grid, one column an arm."""
     table = {arm: {cell.value: cell for cell in evidence.cells(arm, swept)} for arm in evidence.arms}
     values = sorted({value for cells in table.values() for value in cells})
     rows = [[number(value), *(_grid_words(table[arm].get(value)) for arm in evidence.arms)] for value in values]
@@ -48,14 +48,14 @@ def grid(evidence: Evidence, swept: str, title: str) -> Table | None:
     return Table(caption, [title, *evidence.arms], rows) if rows else None
 
 
-def _grid_words(cell: Cell | None) -> str:
+def _grid_words(cell: GridCell | None) -> str:
     if cell is None or cell.mean is None:
         return "—"
     lost = f" ({sum(cell.diverged)} of {len(cell.diverged)} diverged)" if any(cell.diverged) else ""
     return percent(cell.mean) + lost
 
 
-def fans(evidence: Evidence) -> Table | None:
+def fans(evidence: StudyEvidence) -> Table | None:
     found = [fan for arm in evidence.arms if (fan := evidence.fan(arm))]
     rows = []
     for fan in found:
@@ -67,7 +67,7 @@ def fans(evidence: Evidence) -> Table | None:
     return Table(caption, ["Arm", "Unit", "When", *levels], rows, lead=3) if rows else None
 
 
-def affine(evidence: Evidence) -> Table | None:
+def affine(evidence: StudyEvidence) -> Table | None:
     rows = []
     for layer in (layer for arm in evidence.arms for layer in evidence.affine(arm)):
         for word, spread in (("γ", layer.weight), ("β", layer.bias)):
@@ -77,8 +77,8 @@ def affine(evidence: Evidence) -> Table | None:
     return Table("Percentiles over features and seeds.", head, rows, lead=3) if rows else None
 
 
-def layers(evidence: Evidence) -> list[Table]:
-    """One table for each group of arms with the same layers."""
+def layers(evidence: StudyEvidence) -> list[Table]:
+    """Return one table for each group of arms with the same layers."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for arm in evidence.arms:
         own = (evidence.summary.get("layers") or {}).get(arm) or []
@@ -97,7 +97,7 @@ def _layer_row(layer: dict[str, Any]) -> list[str]:
     return [name, kind, *sizes]
 
 
-def settings(evidence: Evidence) -> Table:
+def settings(evidence: StudyEvidence) -> Table:
     rows = []
     for arm in evidence.arms:
         chosen = evidence.chosen(arm)
@@ -107,18 +107,8 @@ def settings(evidence: Evidence) -> Table:
         ]
         scores = [_mean_and_spread(chosen[key]) if len(chosen) else "—" for key in ("val_accuracy", "test_accuracy")]
         rows.append([arm, *values, *scores, str(len(runs)), str(evidence.diverged(arm))])
-    head = [
-        "Arm",
-        "Fastest rate",
-        "Best rate",
-        "Rate",
-        "Weight decay",
-        "Dropout",
-        "Validation",
-        "Test",
-        "Runs",
-        "Diverged",
-    ]
+    head = ["Arm", "Fastest rate", "Best rate", "Rate", "Weight decay", "Dropout"]
+    head += ["Validation", "Test", "Runs", "Diverged"]
     caption = (
         "Fastest and best rate: soonest at the target, and of the highest accuracy, with neither weight decay nor "
         "dropout. The next columns: the setting chosen for the arm, and its "
@@ -135,8 +125,8 @@ def _mean_and_spread(values: Any) -> str:
     return f"{100 * np.mean(known):.1f}{spread} %"
 
 
-def provenance(evidence: Evidence) -> list[tuple[str, str]]:
-    """Pairs of name and value: all that is needed to run the study again."""
+def provenance(evidence: StudyEvidence) -> list[tuple[str, str]]:
+    """Return pairs of name and value: what is needed to run the study again."""
     summary, data = evidence.summary, evidence.summary.get("data") or {}
     seeds = summary.get("seeds") or {}
     grids = summary.get("grids") or {}
@@ -186,7 +176,7 @@ def _class_words(labels: Sequence[Any]) -> str:
     return f"{len(labels)}: {shown}{', …' if len(labels) > 20 else ''}" if labels else ""
 
 
-def _common(evidence: Evidence, columns: Sequence[str]) -> str:
+def _common(evidence: StudyEvidence, columns: Sequence[str]) -> str:
     found = []
     for column in columns:
         values = evidence.runs[column].dropna().unique().tolist() if column in evidence.runs else []

@@ -1,0 +1,1 @@
+"""Data sources: read, checked, split and standardized; held in memory or streamed."""

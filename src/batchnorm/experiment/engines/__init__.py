@@ -1,0 +1,1 @@
+"""Where the runs are executed: processes of this machine, or a Ray cluster."""
