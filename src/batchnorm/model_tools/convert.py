@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from ..errors import UserError
+from ..inspect.modules import is_norm
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..norm_act import BatchNormActBase
 from ..options import DEFAULTS, NAMES, make_options, shows_options
@@ -19,7 +20,6 @@ from .foreign import frozen_eps, holds_statistics
 from .foreign_act import ForeignNormAct, is_norm_act
 from .freeze import frozen_class, is_frozen, thawed_class
 from .fused_sequential import FusedSequential, fuse_sequential_call, unfuse_sequential
-from .kinds import is_norm
 from .replace import replace_all
 
 __all__ = ["convert", "revert"]

@@ -15,7 +15,7 @@ __all__ = ["feed", "progress_bar", "samples_in"]
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls the model on a batch as loaders give it: a mapping is its keyword arguments, of a tuple or list the
+    """Call the model on a batch as loaders give it: a mapping is its keyword arguments, of a tuple or list the
     first element is the input, anything else is the input. Tensors are moved to the model's device."""
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
@@ -32,7 +32,7 @@ def samples_in(batch: Any) -> int:
 
 @contextmanager
 def progress_bar(shown: bool, label: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function `step(done, total)`; it draws with rich where `shown`, and does nothing otherwise."""
+    """Give a function `step(done, total)`; it draws with rich where `shown`, and does nothing otherwise."""
     if not shown:
         yield lambda done, total: None
         return

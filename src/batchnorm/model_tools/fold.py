@@ -9,17 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..errors import UserError, quote_error
+from ..inspect.example import copied, run_example
+from ..inspect.folding import fold_target, scale_and_shift, why_not_into, why_stays
+from ..inspect.from_export import Unreadable, graph_of_export
+from ..inspect.from_run import graph_of_run, tensors_in
+from ..inspect.graph import ModelGraph
+from ..inspect.modules import is_norm, names_of
+from ..inspect.untouched import untouched
 from .fold_graph import lift
-from .fold_rules import fold_after, fold_before, scale_and_shift
-from .kinds import LAYERS, is_layer, is_norm
-from .program import Unreadable, read_program
-from .replace import names_of, replace_all
+from .fold_rules import fold_after, fold_before
+from .replace import replace_all
 from .rest import rest_of
-from .trace import Call, Trace, tensors_in, trace
-from .untouched import run_example, untouched
 
 __all__ = ["Fold", "FoldReport", "Folded", "fold"]
 
@@ -71,7 +73,7 @@ class Folded(NamedTuple):
 def fold(
     model: nn.Module | torch.export.ExportedProgram, example_inputs: Any, *, tolerance: float | None = None
 ) -> Folded:
-    """Folds every batch normalization that can be into the Conv, ConvTranspose or Linear before or after it.
+    """Fold every batch normalization that can be into the Conv, ConvTranspose or Linear before or after it.
 
     With s = γ/√(σ²+ε) and t = β − μ·s, a layer before becomes W[o]·s_o, s·b + t; a layer after becomes W[o, i]·s_i,
     b + Σ W[o, i]·t_i, and where it pads with zeros, it pads with −t/s instead. An activation or a residual of our
@@ -116,7 +118,7 @@ def fold(
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     with untouched(model):
-        return [tensor.clone() for tensor in tensors_in(run_example(model, example, "fold"))]
+        return [tensor.clone() for tensor in tensors_in(run_example(model, copied(example), "fold"))]
 
 
 def _limit(reference: list[Tensor], tolerance: float | None) -> float:
@@ -183,15 +185,16 @@ class _Folder:
         return _difference(_outputs(self.model, self.example), reference)
 
     def one_round(self, all_at_once: bool) -> str:
-        """Folds all pairs there are now, or the first; returns the name of the last one folded, or ''."""
+        """Fold all pairs there are now, or the first; return the name of the last one folded, or ''."""
         seen = self._read()
         holders = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for call in seen.calls:
-            call.parameters_shared |= any(holders[p] > 1 for p in call.module.parameters(False))
+            if call.module is not None:
+                call.parameters_shared |= any(holders[p] > 1 for p in call.module.parameters(False))
         folded = ""
         used: set[nn.Module] = set()
         for name, norm in [(n, m) for n, m in self.model.named_modules() if is_norm(m)]:
-            reason = self.refused.get(name) or _why_not(norm, seen)
+            reason = self.refused.get(name) or why_stays(norm, seen)
             if not reason:
                 if folded and not all_at_once:
                     break
@@ -205,103 +208,37 @@ class _Folder:
             self.entries[function] = Fold(function, None, "called as a function")
         return folded
 
-    def _read(self) -> Trace:
+    def _read(self) -> ModelGraph:
         """What calls what: by the program itself, and where there is none, by what running the example shows."""
         if not self.no_program:
             try:
-                return read_program(self.model, self.example)
+                return graph_of_export(self.model, self.example)
             except Unreadable as error:
                 self.no_program = str(error)
-        return trace(self.model, self.example, "fold")
+        return graph_of_run(self.model, self.example, "fold")
 
-    def _try(self, name: str, norm: nn.Module, seen: Trace, used: set[nn.Module]) -> str:
-        """Folds the pair, or says why there is none. A layer takes part in one fold a round: its trace is old then."""
-        call = seen.calls_of(norm)[0]
-        names = names_of(self.model)
-        before, why_not_before = _layer_before(call, seen)
-        if before is not None and before.module not in used:
-            fold_before(before.module, *scale_and_shift(norm))
-            used.add(before.module)
-            return self._fold(name, norm, Fold(name, names[before.module], "the layer before"))
-        after, why_not_after = _layer_after(call, seen)
-        if after is None or after.module in used:
-            return f"{why_not_before}; {why_not_after}" if before is None else "its layer was changed in this round"
-        result = fold_after(after.module, *scale_and_shift(norm))
-        if isinstance(result, str):
-            return f"{why_not_before}; {result}"
-        used.add(after.module)
-        into = names[after.module]
-        padded = result is not after.module
+    def _try(self, name: str, norm: nn.Module, graph: ModelGraph, changed: set[nn.Module]) -> str:
+        """Fold the pair, or say why there is none. A layer takes part in one fold a round: its graph is old then."""
+        s, t = scale_and_shift(norm)
+        target = fold_target(graph.calls_of(norm)[0], graph, changed, lambda layer: why_not_into(layer.module, s, t))
+        if target.layer is None:
+            return target.reason
+        layer: Any = target.layer.module
+        into = names_of(self.model)[layer]
+        changed.add(layer)
+        if target.before:
+            fold_before(layer, s, t)
+            return self._fold(name, norm, Fold(name, into, "the layer before"))
+        result = fold_after(layer, s, t)
+        padded = result is not layer
         if padded:
-            replace_all(self.model, {after.module: result})
+            replace_all(self.model, {layer: result})
         how = "the layer after, padded with what the zeros were" if padded else "the layer after"
         return self._fold(name, norm, Fold(name, into, how))
 
     def _fold(self, name: str, norm: nn.Module, entry: Fold) -> str:
         rest = rest_of(norm)
-        assert rest is not None  # _why_not saw to it
+        assert rest is not None  # why_stays saw to it
         self.model = replace_all(self.model, {norm: rest}).root
         self.entries[name] = entry
         return ""
-
-
-def _why_not(norm: Any, seen: Trace) -> str:
-    """Why a batch normalization cannot be taken out at all."""
-    calls = seen.calls_of(norm)
-    if norm.training:
-        return "in training mode; call model.eval() first"
-    if norm.running_mean is None:
-        return "keeps no running statistics"
-    if rest_of(norm) is None:
-        return f"{type(norm).__module__}.{type(norm).__qualname__} may do more than normalize"
-    if getattr(norm, "domains", None) is not None:
-        return "its statistics depend on the domain"
-    if parametrize.is_parametrized(norm):
-        return "its γ or β is parametrized"
-    if norm._forward_hooks or norm._forward_pre_hooks:
-        return "it has forward hooks"
-    if not calls:
-        return "the example does not reach it"
-    return "called more than once" if len(calls) > 1 else ""
-
-
-def _unfit(call: Call, seen: Trace) -> str:
-    """Why a layer's weight cannot be changed, or ''."""
-    layer: Any = call.module
-    if type(layer).forward not in {kind.forward for kind in LAYERS}:
-        return f"{call.name} is a {type(layer).__qualname__} with a forward of its own"
-    if len(seen.calls_of(layer)) > 1:
-        return f"{call.name} is called more than once"
-    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
-        return f"{call.name} computes its weight"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return f"{call.name} has forward hooks"
-    return f"{call.name} shares its weight" if call.parameters_shared else ""
-
-
-def _layer_before(call: Call, seen: Trace) -> tuple[Call | None, str]:
-    source = call.source
-    if source is None or not is_layer(source.module):
-        return None, "it does not read a layer's result"
-    if not call.aligned:
-        return None, f"it normalizes another axis than the channels of {source.name}"
-    return _only(source, call.name, seen, source)
-
-
-def _layer_after(call: Call, seen: Trace) -> tuple[Call | None, str]:
-    reader = next((c for c in seen.calls if c.source is call), None)
-    if reader is None or not is_layer(reader.module):
-        return None, "no layer reads its result"
-    if call.inputs > 1 or getattr(call.module, "activation", None) is not None:
-        return None, "an activation or a residual comes before the next layer"
-    if not reader.aligned:
-        return None, f"its channels are not those of {reader.name}'s input"
-    return _only(call, reader.name, seen, reader)
-
-
-def _only(read: Call, reader: str, seen: Trace, layer: Call) -> tuple[Call | None, str]:
-    others = [name for name in dict.fromkeys(read.readers) if name != reader]
-    if others:
-        return None, f"the result of {read.name} is also read by {others[0] or 'the model'}"
-    why_not = _unfit(layer, seen)
-    return (None, why_not) if why_not else (layer, "")

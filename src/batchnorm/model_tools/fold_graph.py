@@ -19,7 +19,7 @@ _NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2
 
 
 def lift(gm: fx.GraphModule) -> None:
-    """Replaces each convolution, linear map and evaluating batch normalization on the graph's own parameters by a
+    """Replace each convolution, linear map and evaluating batch normalization on the graph's own parameters by a
     module that stands where these parameters stood, so that names and sharing stay what they were."""
     lifted: dict[str, tuple[Any, ...]] = {}
     for node in list(gm.graph.nodes):

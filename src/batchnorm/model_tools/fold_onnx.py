@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, quote_error
+from ..inspect.folding import fold_target
+from ..inspect.from_onnx import OnnxReader, attribute_of, nested_graphs, title_of
+from ..inspect.operators import Effect
 from .fold import Fold, FoldReport
 
 __all__ = ["fold_onnx"]
@@ -17,7 +18,7 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 
 def fold_onnx(source: str | Path, target: str | Path, example_inputs: Any = None) -> FoldReport:
-    """Folds every `BatchNormalization` node of an ONNX file that can be into the Conv, ConvTranspose or Gemm before or
+    """Fold every `BatchNormalization` node of an ONNX file that can be into the Conv, ConvTranspose or Gemm before or
     after it.
 
     With s = scale/√(var + epsilon) and t = B − mean·s, a layer before becomes W[o]·s_o, b·s + t; a layer after becomes
@@ -133,102 +134,52 @@ def _difference(ours: list[Any], reference: list[Any]) -> float:
 class _OnnxFolder:
     def __init__(self, onnx: Any, model: Any) -> None:
         self.onnx, self.model, self.graph = onnx, model, model.graph
-        self.initial = {tensor.name: tensor for tensor in self.graph.initializer}
-        for node in self.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.initial[node.output[0]] = node.attribute[0].t
-        self.outputs = {value.name for value in self.graph.output}
+        self.reader = OnnxReader(model)
+        self.initial = self.reader.initial
 
     def run(self) -> FoldReport:
         entries: dict[str, Fold] = {}
         folded = True
         while folded:  # what one round takes out brings other pairs together
             folded = False
-            for norm in [node for node in self.graph.node if node.op_type == "BatchNormalization"]:
-                entry = self._try(norm)
+            for norm in [node for node in self.reader.read().nodes if node.effect is Effect.NORM]:
+                entry = self._try(norm.name)
                 entries[entry.norm] = entry
                 folded |= entry.into is not None
-        for where, nodes in _nested(self.model):
+        for where, nodes in nested_graphs(self.model):
             for node in nodes:
                 if node.op_type == "BatchNormalization":
-                    entries[_title(node)] = Fold(_title(node), None, f"inside {where}; inline it first")
+                    entries[title_of(node)] = Fold(title_of(node), None, f"inside {where}; inline it first")
         self._drop_unused()
         return FoldReport(list(entries.values()))
 
-    def _try(self, norm: Any) -> Fold:
-        self._index()
-        reason = self._why_not(norm)
-        if reason:
-            return Fold(_title(norm), None, reason)
+    def _try(self, name: str) -> Fold:
+        graph = self.reader.read()
+        call = next(node for node in graph.nodes if node.effect is Effect.NORM and node.name == name)
+        if call.stays:
+            return Fold(name, None, call.stays)
+        norm = self.reader.nodes_of[call]
         s, t = self._scale_and_shift(norm)
-        before, not_before = self._layer_before(norm)
-        if before is not None:
-            self._fold_before(before, norm, s, t)
-            return Fold(_title(norm), _title(before), "the layer before")
-        after, not_after = self._layer_after(norm, t)
-        if after is None:
-            return Fold(_title(norm), None, f"{not_before}; {not_after}")
-        self._fold_after(after, norm, s, t)
-        return Fold(_title(norm), _title(after), "the layer after")
+        target = fold_target(call, graph, (), lambda node: self._why_not_after(self.reader.nodes_of[node], t))
+        if target.layer is None:
+            return Fold(name, None, target.reason)
+        layer = self.reader.nodes_of[target.layer]
+        if target.before:
+            self._fold_before(layer, norm, s, t)
+            return Fold(name, target.layer.name, "the layer before")
+        self._fold_after(layer, norm, s, t)
+        return Fold(name, target.layer.name, "the layer after")
 
-    def _index(self) -> None:
-        self.producer = {output: node for node in self.graph.node for output in node.output}
-        self.readers: dict[str, list[Any]] = defaultdict(list)
-        for node in self.graph.node:
-            for name in node.input:
-                self.readers[name].append(node)
-        for _, nodes in _nested(self.model):  # a branch reads names of the graph around it
-            for node in nodes:
-                for name in node.input:
-                    self.readers[name].append(node)
-
-    def _attribute(self, node: Any, name: str, default: Any) -> Any:
-        found = next((a for a in node.attribute if a.name == name), None)
-        return default if found is None else self.onnx.helper.get_attribute_value(found)
-
-    # --- which pairs -------------------------------------------------------------------------------
-    def _why_not(self, norm: Any) -> str:
-        if self._attribute(norm, "training_mode", 0) or len([o for o in norm.output if o]) > 1:
-            return "in training mode; export the model in eval"
-        return "its parameters are computed" if any(name not in self.initial for name in norm.input[1:]) else ""
-
-    def _layer_before(self, norm: Any) -> tuple[Any, str]:
-        layer = self.producer.get(norm.input[0])
-        if layer is None or layer.op_type not in _LAYERS:
-            return None, "it does not read a layer's result"
-        if norm.input[0] in self.outputs or len(self.readers[norm.input[0]]) > 1:
-            return None, f"the result of {_title(layer)} is also read elsewhere"
-        if why_not := self._computed(layer):
-            return None, why_not
-        biases = [list(self.initial[name].dims) for name in layer.input[2:] if name]
-        if any(size != 1 for dims in biases for size in dims[:-1]):
-            return None, f"the bias of {_title(layer)} differs along the batch"
-        return layer, ""
-
-    def _layer_after(self, norm: Any, t: Any) -> tuple[Any, str]:
-        readers = self.readers[norm.output[0]]
-        layer = next((node for node in readers if node.op_type in _LAYERS and node.input[0] == norm.output[0]), None)
-        if layer is None:
-            return None, "no layer reads its result"
-        if norm.output[0] in self.outputs or len(readers) > 1:
-            return None, f"its result is also read elsewhere than in {_title(layer)}"
-        if why_not := self._computed(layer):
-            return None, why_not
-        if layer.op_type == "Gemm" and self._attribute(layer, "transA", 0):
-            return None, f"{_title(layer)} reads its result transposed"
+    def _why_not_after(self, layer: Any, t: Any) -> str:
         if layer.op_type == "ConvTranspose" and t.any():
-            return None, f"the ConvTranspose {_title(layer)} gives every position another share of the shift"
+            return f"the ConvTranspose {title_of(layer)} gives every position another share of the shift"
         if layer.op_type == "Conv" and self._pads(layer) and t.any():
-            return None, f"{_title(layer)} pads with zeros, which would get the shift too"
-        return layer, ""
-
-    def _computed(self, layer: Any) -> str:
-        computed = any(name and name not in self.initial for name in layer.input[1:])
-        return f"{_title(layer)} computes its weight" if computed else ""
+            return f"{title_of(layer)} pads with zeros, which would get the shift too"
+        return ""
 
     def _pads(self, layer: Any) -> bool:
-        automatic = self._attribute(layer, "auto_pad", b"NOTSET")
-        return automatic in (b"SAME_UPPER", b"SAME_LOWER") or any(self._attribute(layer, "pads", []))
+        automatic = attribute_of(layer, "auto_pad", b"NOTSET")
+        return automatic in (b"SAME_UPPER", b"SAME_LOWER") or any(attribute_of(layer, "pads", []))
 
     # --- arithmetic, in float64 --------------------------------------------------------------------
     def _array(self, name: str) -> Any:
@@ -236,7 +187,7 @@ class _OnnxFolder:
 
     def _scale_and_shift(self, norm: Any) -> tuple[Any, Any]:
         scale, shift, mean, var = (self._array(name) for name in norm.input[1:5])
-        s = scale / (var + self._attribute(norm, "epsilon", 1e-5)) ** 0.5
+        s = scale / (var + attribute_of(norm, "epsilon", 1e-5)) ** 0.5
         return s, shift - mean * s
 
     def _parts(self, layer: Any) -> tuple[Any, Any]:
@@ -246,10 +197,10 @@ class _OnnxFolder:
         weight = self._array(layer.input[1])
         bias = self._array(layer.input[2]) if len(layer.input) > 2 and layer.input[2] else np.zeros(1)
         if layer.op_type == "Gemm":
-            weight = weight if self._attribute(layer, "transB", 0) else weight.T
-            scales = self._attribute(layer, "alpha", 1.0), self._attribute(layer, "beta", 1.0)
+            weight = weight if attribute_of(layer, "transB", 0) else weight.T
+            scales = attribute_of(layer, "alpha", 1.0), attribute_of(layer, "beta", 1.0)
             return weight[None] * scales[0], bias * scales[1]
-        groups = self._attribute(layer, "group", 1)
+        groups = attribute_of(layer, "group", 1)
         weight = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         return weight.swapaxes(1, 2) if layer.op_type == "ConvTranspose" else weight, bias
 
@@ -271,7 +222,7 @@ class _OnnxFolder:
     def _set(self, layer: Any, weight: Any, bias: Any) -> None:
         dtype = self.onnx.numpy_helper.to_array(self.initial[layer.input[1]]).dtype
         if layer.op_type == "Gemm":
-            weight = weight[0] if self._attribute(layer, "transB", 0) else weight[0].T
+            weight = weight[0] if attribute_of(layer, "transB", 0) else weight[0].T
             for attribute in [a for a in layer.attribute if a.name in ("alpha", "beta")]:
                 layer.attribute.remove(attribute)  # they are in the values now
         else:
@@ -291,28 +242,8 @@ class _OnnxFolder:
         return name
 
     def _drop_unused(self) -> None:
-        self._index()
+        readers = self.reader.readers()
         inputs = {value.name for value in self.graph.input}
         for tensor in list(self.graph.initializer):
-            if tensor.name not in self.outputs and tensor.name not in inputs and not self.readers[tensor.name]:
+            if tensor.name not in self.reader.outputs and tensor.name not in inputs and not readers[tensor.name]:
                 self.graph.initializer.remove(tensor)
-
-
-def _title(node: Any) -> str:
-    name: str = node.name or node.output[0]
-    return name
-
-
-def _nested(model: Any) -> Iterator[tuple[str, Any]]:
-    """(where, nodes) of every graph inside the main one: branches, loops and local functions."""
-    waiting = [(f"the function {function.name}", function.node) for function in model.functions]
-    yield from waiting
-    waiting.append(("", model.graph.node))
-    while waiting:
-        _, nodes = waiting.pop()
-        for node in nodes:
-            for attribute in node.attribute:
-                for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    inner = (f"a branch of {_title(node)}", graph.node)
-                    waiting.append(inner)
-                    yield inner

@@ -13,22 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kinds import out_features, spatial_dims
+from ..inspect.folding import is_transposed, pads_with_zeros
+from ..inspect.modules import out_features, spatial_dims
 
-__all__ = ["PaddedWith", "fold_after", "fold_before", "is_transposed", "scale_and_shift"]
-
-
-def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """(s, t) of a batch normalization in eval, as numbers: the normalization goes, and its parameters with it."""
-    s = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        s = s * norm.weight.detach().double()
-    t = -norm.running_mean.double() * s
-    return s, t if norm.bias is None else t + norm.bias.detach().double()
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+__all__ = ["PaddedWith", "fold_after", "fold_before"]
 
 
 def _grouped(layer: Any) -> Tensor:
@@ -57,32 +45,23 @@ def _ones(grouped: Tensor) -> tuple[int, ...]:
 
 
 def fold_before(layer: nn.Module, s: Tensor, t: Tensor) -> None:
-    """Makes the layer compute s·layer(x) + t, per channel of its result."""
+    """Make the layer compute s·layer(x) + t, per channel of its result."""
     w = _grouped(layer)
     scale = s.view(w.shape[0], w.shape[1], 1, *_ones(w))
     _set(layer, w * scale, _bias(layer) * s + t)
 
 
-def fold_after(layer: Any, s: Tensor, t: Tensor) -> nn.Module | str:
+def fold_after(layer: Any, s: Tensor, t: Tensor) -> nn.Module:
     """A layer that computes layer(s·x + t), per channel of the input: the same object, or padded with what the
-    normalization would turn into the old padding; or why there is none."""
+    normalization would turn into the old padding."""
     w = _grouped(layer)
-    zero_padded = spatial_dims(layer) > 0 and layer.padding_mode == "zeros" and _padding(layer)
-    if is_transposed(layer) and t.any():
-        return "the ConvTranspose after it gives every position another share of the shift"
-    if zero_padded and ((s == 0) & (t != 0)).any():
-        return "the layer after it pads with zeros, which a channel with γ = 0 cannot have come from"
     shape = (w.shape[0], 1, w.shape[2], *_ones(w))
     moved = (w * t.view(shape)).flatten(2).sum(2).flatten()
     _set(layer, w * s.view(shape), _bias(layer) + moved)
-    if not zero_padded or not t.any():
+    if not pads_with_zeros(layer) or not t.any():
         return layer
     value = torch.where(s == 0, 0.0, -t / torch.where(s == 0, 1.0, s))
     return PaddedWith(layer, value)
-
-
-def _padding(layer: Any) -> bool:
-    return not is_transposed(layer) and any(layer._reversed_padding_repeated_twice)
 
 
 class PaddedWith(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from ..inspect.modules import is_norm, refuse_lazy
 from .derived import Derived, derived_class, original_class
-from .kinds import is_norm
 
 __all__ = ["freeze", "frozen_class", "is_frozen", "thawed_class", "unfreeze"]
 
@@ -42,7 +42,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Holds every batch normalization fixed, in place: running statistics in use and unchanging, γ and β without
+    """Hold every batch normalization fixed, in place: running statistics in use and unchanging, γ and β without
     gradient, whatever `.train()` says later.
 
     The output is y = γ·(x − running_mean)/√(running_var + ε) + β, and the gradient dx = γ·dy/√(running_var + ε).
@@ -59,6 +59,7 @@ def freeze(model: nn.Module) -> nn.Module:
         UserError: a layer keeps no running statistics (`track_running_stats=False`), so it has nothing to be
             held at; the model is then unchanged.
     """
+    refuse_lazy(model, "freeze")
     norms = {name: m for name, m in model.named_modules() if is_norm(m) and not isinstance(m, _Frozen)}
     for name, norm in norms.items():
         if norm.running_mean is None:
@@ -83,7 +84,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Undoes `freeze`, in place: every layer gets its class, its parameters' `requires_grad` and the gradients set
+    """Undo `freeze`, in place: every layer gets its class, its parameters' `requires_grad` and the gradients set
     aside back, and the mode that `.train()` or `.eval()` asked for last.
 
     Returns:

@@ -61,7 +61,7 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def fuse_graph(gm: fx.GraphModule) -> int:
-    """Replaces in the graph, and in the graphs inside it, and returns how many normalizations it replaced."""
+    """Replace in the graph, and in the graphs inside it, and return how many normalizations it replaced."""
     replaced = 0
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):

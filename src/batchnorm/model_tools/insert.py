@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import UserError
+from ..inspect.from_run import graph_of_run
+from ..inspect.graph import ModelGraph
+from ..inspect.modules import is_layer, is_norm, names_of, out_features, spatial_dims
+from ..inspect.untouched import untouched
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .kinds import is_layer, is_norm, out_features, spatial_dims
-from .replace import names_of, replace_all
+from .replace import replace_all
 from .rest import rest_of
-from .trace import Trace, trace
-from .untouched import untouched
 
 __all__ = ["Normalized", "insert", "strip"]
 
@@ -56,7 +57,7 @@ class Normalized(nn.Module):
 
 
 def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
-    """Puts a batch normalization after every hidden Conv, ConvTranspose and Linear, in place.
+    """Put a batch normalization after every hidden Conv, ConvTranspose and Linear, in place.
 
     It stands before the activation, and the layer's bias is dropped, since the normalization subtracts it.
     What is hidden is seen by running the example: a layer whose result the model returns, or whose result
@@ -80,7 +81,7 @@ def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
         UserError: the model does not run on the example, or a layer's result has no batch axis; the model is
             then unchanged.
     """
-    seen = trace(model, example_input, "insert")
+    seen = graph_of_run(model, example_input, "insert")
     plan = _plan_insert(model, seen, keywords)
     biases = {layer: layer._parameters.get("bias") for layer in plan}
     done = replace_all(model, plan)  # type: ignore[arg-type]  # dict is invariant in its value type
@@ -89,7 +90,7 @@ def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
         if not parametrize.is_parametrized(layer, "bias"):
             layer.register_parameter("bias", None)
     try:
-        _check_called(trace(model, example_input, "insert"), seen, plan)
+        _check_called(graph_of_run(model, example_input, "insert"), seen, plan)
     except BaseException:
         for layer, bias in biases.items():
             if bias is not None:
@@ -101,13 +102,13 @@ def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
     return done.root
 
 
-def _plan_insert(model: nn.Module, seen: Trace, keywords: dict[str, Any]) -> dict[nn.Module, Normalized]:
+def _plan_insert(model: nn.Module, seen: ModelGraph, keywords: dict[str, Any]) -> dict[nn.Module, Normalized]:
     left_alone = seen.output_layers() | set(seen.normalized_layers())
     names = names_of(model)
     plan: dict[nn.Module, Normalized] = {}
     for call in seen.calls:
         layer = call.module
-        if not is_layer(layer) or layer in left_alone:
+        if layer is None or not is_layer(layer) or layer in left_alone:
             continue
         shape = call.output.shape if call.output else ()
         if len(shape) < 2 or shape[-1 - spatial_dims(layer)] != out_features(layer):
@@ -146,7 +147,7 @@ def _leave_fast_path(model: nn.Module, plan: dict[nn.Module, Normalized]) -> lis
     return before
 
 
-def _check_called(now: Trace, before: Trace, plan: dict[nn.Module, Normalized]) -> None:
+def _check_called(now: ModelGraph, before: ModelGraph, plan: dict[nn.Module, Normalized]) -> None:
     """A forward that looks at its layers' types, or keeps them elsewhere, would go another way now."""
     old = [call.module for call in before.calls]
     new = [call.module for call in now.calls if call.module not in {n.batch_norm for n in plan.values()}]
@@ -160,7 +161,7 @@ def _check_called(now: Trace, before: Trace, plan: dict[nn.Module, Normalized]) 
 
 
 def strip(model: nn.Module, example_input: Any) -> nn.Module:
-    """Takes every batch normalization out, in place, and gives the layers before them their bias back.
+    """Take every batch normalization out, in place, and give the layers before them their bias back.
 
     The result is the network as it would have been built without batch normalization, to be trained from
     there: a comparison's other arm. For trained weights it is *not* the same function, since what the
@@ -183,7 +184,7 @@ def strip(model: nn.Module, example_input: Any) -> nn.Module:
         UserError: the model does not run on the example, calls `F.batch_norm` itself, or holds another
             library's batch normalization that does more than normalize; the model is then unchanged.
     """
-    seen = trace(model, example_input, "strip")
+    seen = graph_of_run(model, example_input, "strip")
     if seen.functional_norms:
         raise UserError(
             f"strip: {type(model).__name__}{_at(seen.functional_norms[0])} calls batch_norm as a function, which "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
-from .kinds import is_norm
+from ..inspect.modules import is_norm
 
 __all__ = ["Importance", "copy_statistics", "importance", "param_groups"]
 
@@ -98,7 +98,7 @@ def importance(model: nn.Module) -> Importance:
 
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> list[str]:
-    """Copies the running statistics of every batch normalization of `source` into the layer of the same name of
+    """Copy the running statistics of every batch normalization of `source` into the layer of the same name of
     `target`, in place: for a moving average of the parameters, whose buffers were never averaged.
 
     The statistics are those of the source's weights; for an average that lies far from them (SWA over

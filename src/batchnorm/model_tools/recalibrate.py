@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, quote_error
+from ..inspect.modules import is_norm, names_of, refuse_lazy
+from ..inspect.untouched import generators_kept, untouched
 from ..statistics.pool import Gather, Pool, gather_over
 from .feed import feed, progress_bar, samples_in
 from .freeze import is_frozen
-from .kinds import is_norm
-from .replace import names_of
-from .untouched import generators_kept, untouched
 
 __all__ = ["Recalibration", "Shift", "recalibrate"]
 
@@ -44,14 +43,14 @@ class Recalibration:
     skipped: dict[str, str]
     samples: int
     batches: int
-    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    buffers_before: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Puts the running statistics back to what they were before. A second call changes nothing."""
+        """Put the running statistics back to what they were before. A second call changes nothing."""
         with torch.no_grad():
-            for buffer, value in self._before:
+            for buffer, value in self.buffers_before:
                 buffer.copy_(value)
-        self._before.clear()
+        self.buffers_before.clear()
 
     def __str__(self) -> str:
         width = max([len(name) for name in (*self.layers, *self.skipped)] or [5])
@@ -72,7 +71,7 @@ def recalibrate(
     process_group: Any = "world",
     progress: bool = False,
 ) -> Recalibration:
-    """Sets every batch normalization's running mean and variance to those of the data, in place.
+    """Set every batch normalization's running mean and variance to those of the data, in place.
 
     The moments are pooled with weights: over batches (and ranks) b of n_b values a channel, n = Σ n_b,
     mean = Σ n_b·μ_b / n and M2 = Σ (n_b·σ_b² + n_b·(μ_b − mean)²), merged pairwise in float64, and the buffers get
@@ -107,6 +106,7 @@ def recalibrate(
     """
     if samples is not None and samples < 1:
         raise UserError(f"recalibrate: samples is {samples}; give a budget of at least 1, or None for all")
+    refuse_lazy(model, "recalibrate")
     job = _Job(model, forward or feed, samples, gather_over(process_group))
     job.open(batches)
     with untouched(model), torch.compiler.set_stance("force_eager"), progress_bar(progress, "recalibrate") as step:
@@ -160,7 +160,7 @@ class _Job:
         loader gives every layer the same data. Where one rank fails, all raise: none is left waiting."""
         self.seen = self.batches = 0
         failure = None
-        with generators_kept(self.model):
+        with generators_kept():
             try:
                 for batch in self._within_budget(self.data):
                     self._run_batch(batch)
@@ -236,8 +236,8 @@ class _Job:
         return [names[i] for i in position.argsort(stable=True).tolist() if self.calls[names[i]]]
 
     def measure(self, group: list[str], by_batch: bool) -> dict[str, Pool]:
-        """Pools the group's inputs over all data, and writes the moments so that the next layers see them."""
-        pools = {name: Pool(self.norms[name].num_features) for name in group}
+        """Pool the group's inputs over all data, and write the moments so that the next layers see them."""
+        pools = {name: Pool(self.norms[name].running_mean.numel()) for name in group}
         last = len(group) == 1 and self.calls[group[0]] == 1
 
         def take(name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
@@ -245,7 +245,7 @@ class _Job:
             mask, axis = kwargs.get("mask", args[2] if len(args) > 2 else None), getattr(norm, "feature_axis", 1)
             if mask is not None and mask.dim() == given.dim():
                 mask = mask.movedim(axis, 1)
-            pools[name].add(given.movedim(axis, 1), mask)
+            pools[name].add_values(given.movedim(axis, 1), mask)
             if not (pools[name].mean.isfinite().all() and pools[name].m2.isfinite().all()):
                 raise UserError(
                     f"recalibrate: batch {self.batches} brings NaN or Inf to {name or 'the model'}; look at that "
@@ -296,7 +296,7 @@ class _Job:
                 norm = self.norms[name]
                 done.layers[name] = _shift(norm, pool)
                 held = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-                done._before += [(buffer, buffer.clone()) for buffer in held if buffer is not None]
+                done.buffers_before += [(buffer, buffer.clone()) for buffer in held if buffer is not None]
                 self._write(name, pool)
         return done
 

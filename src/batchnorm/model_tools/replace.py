@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UserError
 
-__all__ = ["Replaced", "names_of", "replace", "replace_all"]
+__all__ = ["Replaced", "replace", "replace_all"]
 
 Policy = Callable[[str, nn.Module], "nn.Module | None"]
 
@@ -30,18 +30,13 @@ class Replaced:
     _restore: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Puts every module back where it was."""
+        """Put every module back where it was."""
         while self._restore:
             self._restore.pop()()
 
 
-def names_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The first dotted name of each module; the root's is ''."""
-    return {module: name for name, module in model.named_modules()}
-
-
 def replace(model: nn.Module, policy: Policy) -> Replaced:
-    """Asks `policy(name, module)` once for each module; what it returns takes the module's places.
+    """Ask `policy(name, module)` once for each module; what it returns takes the module's places.
 
     `policy` is asked about all modules before the first one is replaced, so that it may raise and leave
     the model as it was. Modules inside a replaced one are not asked about: they belong to the replacement.
@@ -66,7 +61,7 @@ def _collect(
 
 
 def replace_all(model: nn.Module, plan: dict[nn.Module, nn.Module]) -> Replaced:
-    """Replaces each key of `plan` by its value in all its places; a root among them is returned anew."""
+    """Replace each key of `plan` by its value in all its places; a root among them is returned anew."""
     done = Replaced(plan.get(model, model), plan)
     if not plan:
         return done

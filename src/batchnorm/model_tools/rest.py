@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..inspect.folding import only_normalizes
 from ..pairs import is_ours
 
 __all__ = ["Unnormalized", "rest_of"]
-
-_TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class Unnormalized(nn.Identity):
@@ -23,11 +21,8 @@ class Unnormalized(nn.Identity):
 
 def rest_of(norm: Any) -> nn.Module | None:
     """The module to stand in the layer's place; None for another library's layer whose forward may do more."""
-    if is_ours(norm):
-        rest: nn.Module = Unnormalized()
-    elif type(norm).forward in _TORCH_FORWARDS:
-        rest = nn.Identity()
-    else:
+    if not only_normalizes(norm):
         return None
+    rest = Unnormalized() if is_ours(norm) else nn.Identity()
     rest.training = norm.training
     return rest

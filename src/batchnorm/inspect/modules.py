@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["LAYERS", "channel_axis", "is_layer", "is_norm", "out_features", "spatial_dims"]
+from ..errors import UserError
+
+__all__ = ["LAYERS", "channel_axis", "is_layer", "is_norm", "names_of", "out_features", "refuse_lazy", "spatial_dims"]
 
 LAYERS = (
     nn.Conv1d,
@@ -16,6 +18,26 @@ LAYERS = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The first dotted name of each module; the root's is ''."""
+    return {module: name for name, module in model.named_modules()}
+
+
+def refuse_lazy(model: nn.Module, what: str) -> None:
+    """Refuse a model with a normalization that has not seen its first batch: it has no vectors of any size yet.
+
+    Raises:
+        UserError: names the layer; `what` names the caller.
+    """
+    for name, module in model.named_modules():
+        held = (*module._parameters.values(), *module._buffers.values()) if is_norm(module) else ()
+        if any(nn.parameter.is_lazy(tensor) for tensor in held if tensor is not None):
+            raise UserError(
+                f"{what}: {name or 'the model'} is a {type(module).__name__} that does not know its size yet; run the "
+                "model once on a batch first"
+            )
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What the program itself says: the record that `trace` makes from a run, read from the graph of `torch.export`.
+"""The graph that the program itself says, as `torch.export` writes it down.
 
 The graph has a node for each operator, below autograd and below modules, and each node says in which module's call it
 stands. A layer's or a normalization's call is the run of nodes that bear its name; whose result it reads, who else
@@ -20,30 +20,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import quote_error
-from .kinds import channel_axis, is_layer, is_norm
-from .replace import names_of
-from .trace import NORM_OPS, Call, Geometry, Trace
-from .untouched import no_encoder_fast_path, still, untouched
+from .example import no_encoder_fast_path, still
+from .graph import Geometry, GraphNode, ModelGraph
+from .modules import channel_axis, is_layer, is_norm, names_of
+from .operators import SHAPED_LIKE, Effect, effect_of
+from .untouched import untouched
 
-__all__ = ["Unreadable", "read_program"]
-
-# These carry every element they carry as it is: what is a channel before is one after, on some axis.
-_CARRIERS = {
-    "view", "_unsafe_view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t",
-    "movedim", "swapaxes", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "slice", "select", "expand",
-    "expand_as",
-}  # fmt: skip
-_SHAPED_LIKE = {"view_as", "reshape_as", "expand_as"}  # of their second operand they read the shape alone
-_IDENTITIES = {"to", "type_as", "detach", "lift_fresh", "dropout", "feature_dropout", "alpha_dropout"}
-_CHECKS = {"_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset"}  # read no element
+__all__ = ["Unreadable", "graph_of_export"]
 
 
 class Unreadable(Exception):
     """There is no graph of this model on this example; the message says why, in one line."""
 
 
-def read_program(model: nn.Module, example: Any) -> Trace:
-    """The calls of layers and normalizations in the model's exported program, in order. The model is left as it was.
+def graph_of_export(model: nn.Module, example: Any) -> ModelGraph:
+    """The graph of the model's exported program. The model is left as it was.
 
     Raises:
         Unreadable: `torch.export` does not take the model, or its graph holds graphs.
@@ -84,26 +75,28 @@ class _Reader:
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.constants = {*held, *signature.inputs_to_lifted_tensor_constants, *signature.inputs_to_lifted_custom_objs}
         self.parameters = {n: id(_get(model, held[n.name])) for n in self.nodes if n.name in held}
-        self.calls: list[Call] = []
+        self.calls: list[GraphNode] = []
+        self.made: list[GraphNode] = []  # calls, and the operators between them
+        self.node_of: dict[fx.Node, GraphNode] = {}
         self.visit: Any = None
-        self.call_of: dict[fx.Node, Call] = {}
-        self.ends: dict[Call, fx.Node] = {}
+        self.call_of: dict[fx.Node, GraphNode] = {}
+        self.ends: dict[GraphNode, fx.Node] = {}
 
-    def read(self) -> Trace:
+    def read(self) -> ModelGraph:
         functional: list[str] = []
         for node in self.nodes:
             if node.op == "get_attr" or (node.op == "call_function" and not _is_plain(node)):
                 raise Unreadable(f"its graph holds {node.target}, whose inside is another graph")
             self._place(node)
-            if node.op == "call_function" and _name(node) in NORM_OPS:
+            if node.op == "call_function" and effect_of(_name(node)) is Effect.NORM:
                 call = self.call_of.get(node)
-                if call is None or not is_norm(call.module):
+                if call is None or call.module is None or not is_norm(call.module):
                     functional.append(self.names[self._modules(node)[-1][1]])
         for call in self.calls:
             self._connect(call)
         for call in self.calls:
             self._note_readers(call)
-        return Trace(tuple(self.calls), tuple(dict.fromkeys(functional)))
+        return ModelGraph(tuple(self.made), tuple(dict.fromkeys(functional)))
 
     # --- which nodes are whose ---------------------------------------------------------------------
     def _modules(self, node: fx.Node) -> list[tuple[Any, nn.Module]]:
@@ -120,15 +113,23 @@ class _Reader:
         visit, owner = next(
             ((v, m) for v, m in reversed(self._modules(node)) if is_layer(m) or is_norm(m)), (None, None)
         )
-        if node.op != "call_function" or owner is None:
+        if node.op != "call_function":
             return
-        if not self.calls or self.calls[-1].module is not owner or self.visit != visit:
-            self.calls.append(Call(self.names[owner], owner, 0, None))
-        self.visit = visit
-        self.call_of[node] = self.calls[-1]
-        self.ends[self.calls[-1]] = node
+        if owner is None:
+            mine = GraphNode(_name(node), effect_of(_name(node)))
+            self.made.append(mine)
+        else:
+            if not self.calls or self.calls[-1].module is not owner or self.visit != visit:
+                effect = Effect.LAYER if is_layer(owner) else Effect.NORM
+                self.calls.append(GraphNode(self.names[owner], effect, owner, is_call=True))
+                self.made.append(self.calls[-1])
+            mine, self.visit = self.calls[-1], visit
+            self.call_of[node] = mine
+            self.ends[mine] = node
+        self.node_of[node] = mine
+        mine.link([self.node_of[n] for n in node.all_input_nodes if n in self.node_of])
 
-    def _given(self, call: Call) -> list[fx.Node]:
+    def _given(self, call: GraphNode) -> list[fx.Node]:
         """The tensors that come into the call from elsewhere, in the order in which it reads them."""
         inside = [node for node in self.nodes if self.call_of.get(node) is call]
         read = [n for node in inside for n in node.all_input_nodes]
@@ -139,9 +140,9 @@ class _Reader:
         ]
 
     # --- edges -------------------------------------------------------------------------------------
-    def _connect(self, call: Call) -> None:
+    def _connect(self, call: GraphNode) -> None:
         given, end = self._given(call), self.ends[call]
-        call.inputs = len(given)
+        call.tensors = len(given)
         call.output = _geometry(end)
         if not given:
             return
@@ -156,13 +157,13 @@ class _Reader:
             call.source = source
             call.aligned = _aligned(source, call, way)
 
-    def _note_readers(self, call: Call) -> None:
+    def _note_readers(self, call: GraphNode) -> None:
         end = self.ends[call]
         inside = {node for node, its in self.call_of.items() if its is call}
         leaks = [user for node in inside - {end} for user in node.users if user not in inside]
         call.readers = [self._reader(user) for user in [*leaks, *_readers(end)]]
         call.is_output = any(user.op == "output" for user in end.users)
-        if not is_layer(call.module):
+        if call.module is None or not is_layer(call.module):
             return
         mine = {id(parameter) for parameter in call.module.parameters(False)}
         reading = [user for node, key in self.parameters.items() if key in mine for user in node.users]
@@ -198,14 +199,15 @@ def _geometry(node: fx.Node) -> Geometry | None:
 
 
 def _carries(node: fx.Node) -> bool:
-    return node.op == "call_function" and (_name(node) in _CARRIERS or _is_identity(node))
+    return node.op == "call_function" and (effect_of(_name(node)) is Effect.CARRY or _is_identity(node))
 
 
 def _is_identity(node: fx.Node) -> bool:
     """A dropout in eval, or a conversion to what the tensor is already."""
-    if _name(node) not in _IDENTITIES or not isinstance(node.args[0], fx.Node):
+    effect = effect_of(_name(node))
+    if effect not in (Effect.DROPOUT, Effect.CONVERT) or not isinstance(node.args[0], fx.Node):
         return False
-    if "dropout" in _name(node):
+    if effect is Effect.DROPOUT:
         return node.args[2] is False
     before, after = node.args[0].meta["val"], node.meta["val"]
     return bool(before.dtype == after.dtype and before.device == after.device)
@@ -214,7 +216,7 @@ def _is_identity(node: fx.Node) -> bool:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Every node that reads the value, itself or through carriers."""
     for user in node.users:
-        if _name(user) in _CHECKS or (_name(user) in _SHAPED_LIKE and user.args[0] is not node):
+        if effect_of(_name(user)) is Effect.CHECK or (_name(user) in SHAPED_LIKE and user.args[0] is not node):
             continue
         if _carries(user):
             yield from _readers(user)
@@ -222,9 +224,11 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _aligned(source: Call, call: Call, way: list[fx.Node]) -> bool:
+def _aligned(source: GraphNode, call: GraphNode, way: list[fx.Node]) -> bool:
     """Whether the channels of the source's result are those of the call's input: the way between is walked by a
     tensor that holds at each place the number of its channel."""
+    assert source.module is not None
+    assert call.module is not None
     assert source.output is not None
     assert call.input is not None
     shape = source.output.shape
@@ -236,7 +240,7 @@ def _aligned(source: Call, call: Call, way: list[fx.Node]) -> bool:
         if _is_identity(node):
             continue
         rest: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args[1:]]
-        if _name(node) in _SHAPED_LIKE:
+        if _name(node) in SHAPED_LIKE:
             rest = [numbers.new_empty(1).expand(rest[0].shape)]
-        numbers = node.target(numbers, *rest, **node.kwargs)  # type: ignore[operator]  # an OpOverload, as _CARRIERS has it
+        numbers = node.target(numbers, *rest, **node.kwargs)  # type: ignore[operator]  # an OpOverload, as every carrier is
     return bool((numbers.movedim(after, -1) == torch.arange(shape[axis])).all())
