@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "doctor-corpus.md"
 
 
 def recall() -> tuple[Counter[str], Counter[str], list[str]]:
-    """Returns seeded and found faults by code, and the names of those missed."""
+    """Return the seeded and the found faults by code, and the names of those that were missed."""
     seeded: Counter[str] = Counter()
     found: Counter[str] = Counter()
     missed = []
@@ -37,7 +37,7 @@ def recall() -> tuple[Counter[str], Counter[str], list[str]]:
 
 
 def alarms() -> tuple[int, list[str]]:
-    """Returns the number of healthy networks, and what was said of warning or worse about them."""
+    """Return the number of healthy networks, and the warnings and errors found in them."""
     count, raised = 0, []
     for name, call in (*healthy(), *pretrained.healthy()):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def alarms() -> tuple[int, list[str]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # seeded faults make torch warn too; what counts here is what the doctor says
+    warnings.simplefilter("ignore")  # torch warns about seeded faults too; only findings count here
     seeded, found, missed = recall()
     count, raised = alarms()
     by_code = Counter(alarm[:5] for alarm in raised)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +15,14 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .doctor.diagnosis import Diagnosis
-    from .doctor.fix import Mending
+    from .doctor.repair import RepairReport
+
+# The flag of each parameter that an exception of the doctor's functions names, as in ``diagnose(steps=…)``.
+_FLAGS = {
+    "target": "doctor", "model": "doctor", "batches": "--data", "data": "--data", "state": "--state", "out": "--out",
+    "mask": "--mask", "steps": "--steps", "select": "--select", "ignore": "--ignore", "code": "--explain",
+}  # fmt: skip
+_PARAMETER = re.compile(r"\w+\((\w+)=(…|.*?)\)(?=[ ,])")
 
 
 def doctor(
@@ -31,40 +41,45 @@ def doctor(
     mask: Annotated[str | None, typer.Option(help="The batches' key that holds the mask.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps that are planned.")] = None,
     state: Annotated[Path | None, typer.Option(help="A state_dict file to load into the model first.")] = None,
-    select: Annotated[str | None, typer.Option(help="Only these codes or prefixes, as BN202,BN1.")] = None,
-    ignore: Annotated[str | None, typer.Option(help="Not these codes or prefixes.")] = None,
+    select: Annotated[str | None, typer.Option(help="Only these codes or prefixes of codes, comma-separated.")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Not these codes or prefixes of codes.")] = None,
     explain: Annotated[str | None, typer.Option(help="Print a rule's page and do nothing else.")] = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe and write the state to --out.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what is safe and write the state to --out.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="State file that --fix writes, never over another.", show_default="mended.pt")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")] = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="Print SARIF 2.1.0 to stdout and nothing else.")] = False,
 ) -> None:
-    """Names what is wrong with batch normalization in a model, with evidence and the line that mends it."""
-    if explain is not None:
-        _explain(explain)
-        return
-    if target is None:
-        raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
-    if as_json and as_sarif:
-        raise UserError("--json and --sarif together, batchnorm doctor, choose one")
-    from .doctor.examine import diagnose
-    from .doctor.subject import read_data, subject
-
-    model, batches = subject(target)
-    given: Any = read_data(data, batch_size) if data is not None else batches
-    options: dict[str, Any] = {"mask": mask, "steps": steps, "select": select, "ignore": ignore}
-    if state is not None or fix:
-        _load(model, state)
-    if fix:
-        mending, written = _mend(model, given, out, options)
-        assert mending.diagnosis is not None
-        _show(mending.diagnosis, as_json, as_sarif, mending, written)
-        raise typer.Exit(mending.diagnosis.exit_code)
-    diagnosis = diagnose(model, given, **options)
-    _show(diagnosis, as_json, as_sarif)
+    """Name what is wrong with batch normalization in a model, with evidence and the line that repairs it."""
+    with _flags_for_parameters():
+        if explain is not None:
+            _explain(explain)
+            return
+        if target is None:
+            raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
+        if as_json and as_sarif:
+            raise UserError("--json and --sarif together, batchnorm doctor, choose one")
+        options = {"mask": mask, "steps": steps, "select": select, "ignore": ignore}
+        diagnosis, repaired, written = _examine(target, data, batch_size, state, fix, out, options)
+    _show(diagnosis, as_json, as_sarif, repaired, written)
     raise typer.Exit(diagnosis.exit_code)
+
+
+@contextmanager
+def _flags_for_parameters() -> Iterator[None]:
+    """Name the flags where the UserError of a function names its parameters."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_PARAMETER.sub(_flag, str(error))) from error
+
+
+def _flag(parameter: re.Match[str]) -> str:
+    flag = _FLAGS.get(parameter[1])
+    if flag is None:
+        return parameter[0]
+    return flag if parameter[2] == "…" else f"{flag} {parameter[2]}"
 
 
 def _explain(code: str) -> None:
@@ -73,44 +88,53 @@ def _explain(code: str) -> None:
     print(page(code), end="")
 
 
-def _load(model: Any, state: Path | None) -> None:
-    from .doctor.subject import load_state
+def _examine(
+    target: str,
+    data: str | None,
+    batch_size: int,
+    state: Path | None,
+    fix: bool,
+    out: Path | None,
+    options: dict[str, Any],
+) -> tuple[Diagnosis, RepairReport | None, Path | None]:
+    from .doctor.examine import diagnose
+    from .doctor.repair import repair
+    from .doctor.subject import check_new, load_state, read_data, save_state, subject
 
+    model, batches = subject(target)
+    given = read_data(data, batch_size) if data is not None else batches
     if isinstance(model, Path):
-        raise UserError(f"--fix and --state are for models, {model}, name the function that makes the model")
+        if state is not None or fix:
+            raise UserError(f"--fix and --state are for models, {model}, name the function that makes the model")
+        return diagnose(model, given, **options), None, None
     if state is not None:
         load_state(model, state)
-
-
-def _mend(model: Any, batches: Any, out: Path | None, options: dict[str, Any]) -> tuple[Mending, Path]:
-    from .doctor.fix import mend
-    from .doctor.subject import save_state
-
-    if out is not None and out.exists():  # before the work, not after it
-        raise UserError(f"the file exists already, --out {out}, choose another name")
-    mending = mend(model, batches, **options)
-    return mending, save_state(model, out)
+    if not fix:
+        return diagnose(model, given, **options), None, None
+    check_new(out)  # before the work, not after it
+    report = repair(model, given, **options)
+    return report.diagnosis, report, save_state(model, out)
 
 
 def _show(
-    diagnosis: Diagnosis, as_json: bool, as_sarif: bool, mending: Mending | None = None, written: Path | None = None
+    diagnosis: Diagnosis, as_json: bool, as_sarif: bool, repaired: RepairReport | None, written: Path | None
 ) -> None:
     if as_sarif:
         from .doctor.report.sarif import to_sarif
 
         print(json.dumps(to_sarif(diagnosis), indent=1, allow_nan=False))
     elif as_json:
-        mended = {} if mending is None else {"mending": {**mending.as_dict(), "written": str(written)}}
-        print(json.dumps({**diagnosis.as_dict(), **mended}, indent=1, allow_nan=False))
+        repair = {} if repaired is None else {"mending": {**repaired.as_dict(), "written": str(written)}}
+        print(json.dumps({**diagnosis.as_dict(), **repair}, indent=1, allow_nan=False))
     else:
         from rich.console import Console
 
-        from .doctor.report.table import print_diagnosis, print_mending
+        from .doctor.report.table import print_diagnosis, print_repair
 
         # Names of modules may hold what rich would take for markup.
         console = Console(markup=False, highlight=False)
-        if mending is not None:
-            print_mending(mending, console)
+        if repaired is not None:
+            print_repair(repaired, console)
         print_diagnosis(diagnosis, console)
         if written is not None:
             print(written)

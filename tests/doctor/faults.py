@@ -1,4 +1,4 @@
-"""Seeded faults: for each the code that has to be found, and what `diagnose` is called with."""
+"""Seeded faults: each has the code that must be found, and the arguments of `diagnose`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.doctor.nets import CLASSES, NETS, Functional, Net, batches_for, train
 Call = dict[str, Any]
 Fault = tuple[str, str, Callable[[], Call]]
 
-# Nets with layers that take batch statistics in all of their forward; with modules to change.
+# Networks whose layers all take batch statistics and are modules, so that a fault can be set in them.
 _MODULAR = [name for name in NETS if name not in ("functional", "frozen backbone")]
 _IMAGES = ("cnn", "residual", "depthwise", "norm after activation")
 
@@ -36,7 +36,7 @@ def data(net: Net, count: int = 36, size: int = 32) -> list[tuple[Tensor, Tensor
 
 
 def faults() -> Iterator[Fault]:
-    """Yields (name, code, call); the call makes everything anew."""
+    """Yield (name, code, call). Each call makes a new model."""
     yield from _of_the_model()
     yield from _of_the_statistics()
     yield from _of_the_data()
@@ -94,7 +94,7 @@ def _decayed(net: Net) -> Call:
 
 
 def _averaged() -> Call:
-    """A moving average that was written by hand, over the parameters."""
+    """A moving average over the parameters alone, written by hand."""
     net = NETS["cnn"]
     model = net.make()
     average = copy.deepcopy(model)
@@ -255,7 +255,7 @@ def _every_other(net: Net) -> Call:
 
 # --- graph -------------------------------------------------------------------------------------------------
 class _WithBias(nn.Module):
-    """A block that a trace without data cannot follow from outside."""
+    """A block that a trace without data cannot follow."""
 
     def __init__(self) -> None:
         super().__init__()

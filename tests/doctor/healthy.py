@@ -1,4 +1,4 @@
-"""Healthy networks: nothing of warning or worse may be found in them."""
+"""Healthy networks, in which neither a warning nor an error may be found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Healthy = tuple[str, Callable[[], Call]]
 
 
 def healthy() -> Iterator[Healthy]:
-    """Yields (name, call); the call makes everything anew."""
+    """Yield (name, call). Each call makes a new model."""
     for name, net in NETS.items():
         yield f"{name}, new", lambda net=net: {"model": net.make(), "batches": data(net)}
         yield f"{name}, new, no data", lambda net=net: {"model": net.make()}
@@ -41,7 +41,7 @@ def example(net: Net) -> Tensor:
 
 
 def _evaluated(net: Net) -> Call:
-    """A learning rate that falls, as trainings end: the statistics can settle."""
+    """Train with a learning rate that falls, so that the statistics can settle."""
     model = trained(net, 150)
     train(model, batches_for(net, 36, 32, seed=1), 60, lr=0.001)
     return {"model": model.eval(), "batches": data(net)}
@@ -92,7 +92,7 @@ def _special() -> Iterator[Healthy]:
     yield "masked layer", _masked
     yield "a wrapper around an evaluated model", _wrapped
     yield "lazy layers", lambda: {"model": _lazy(), "batches": data(NETS["mlp"])}
-    yield "weight decay apart", _groups
+    yield "weight decay in its own groups", _groups
 
 
 def _two_heads() -> Call:

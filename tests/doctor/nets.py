@@ -1,4 +1,4 @@
-"""Networks of many kinds for the corpus: each with a maker of inputs, small enough to train within a second."""
+"""Networks of many kinds for the corpus, each with a function for its inputs. All train within a second."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def residual() -> nn.Module:
 
 
 class PreActivation(nn.Module):
-    """The convolutions' biases are read by a sum before any normalization: not redundant."""
+    """The biases of the convolutions are not redundant, because a sum reads them before any normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Functional(nn.Module):
 
 
 def discriminator() -> nn.Module:
-    """As DCGAN's, with its initialization."""
+    """Return the discriminator of DCGAN with its initialization."""
     model = nn.Sequential(
         conv(3, 16, 4, 2), nn.LeakyReLU(0.2), conv(16, 32, 4, 2), nn.BatchNorm2d(32), nn.LeakyReLU(0.2),
         nn.Flatten(), nn.LazyLinear(CLASSES),
@@ -150,7 +150,7 @@ class Generator(nn.Module):
 
 
 class FrozenBackbone(nn.Module):
-    """As detectors have it: the backbone's normalization held in eval, whatever `.train()` says."""
+    """The normalization of the backbone stays in evaluation mode through `.train()`, as in detectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class TwoHeads(nn.Module):
-    """Returns a dict, takes two inputs."""
+    """A model that takes two inputs and returns a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ NETS = {
 
 
 def batches_for(net: Net, count: int, size: int, seed: int = 0, spread: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """Samples of `CLASSES` overlapping clusters, so that there is something to learn."""
+    """Return batches of samples from `CLASSES` overlapping clusters, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(CLASSES, *net.shape, generator=torch.Generator().manual_seed(7)) * spread
     found = []

@@ -36,7 +36,7 @@ def _series(count: int) -> list[dict[str, Tensor]]:
 
 
 def networks() -> dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[dict[str, Tensor]]]]]:
-    """Returns by name what makes the network and what makes its batches; needs transformers."""
+    """Return, by name, the functions that make a network and its batches. They need transformers."""
     import transformers as hf
 
     return {

@@ -1,4 +1,4 @@
-"""Batches of every form, and of the wrong one."""
+"""Batches of every form that is accepted, and of forms that are refused."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm import diagnose
-from batchnorm.doctor.facts.batches import as_batch
+from batchnorm.doctor.evidence.input_batches import as_batch
 from batchnorm.errors import UserError
 from tests.doctor.nets import TwoHeads
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchnorm.cli import main
-from batchnorm.doctor.rule import all_rules
+from batchnorm.doctor.rules import all_rules
 
 MODULE = """
 import torch
@@ -90,6 +90,22 @@ def test_mistakes_get_one_line(capsys, arguments):
     assert (code, out) == (2, "")
     assert err.startswith("batchnorm: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--steps", "0"], "steps is 0, --steps, "),
+        (["--select", "XX"], "no rule 'XX', --select, "),
+        (["--mask", "padding"], "a batch has no key 'padding', --mask 'padding', "),
+        (["--state", "nothing (1).pt"], "no such file, --state nothing (1).pt, "),
+        (["--fix", "--out", "doctor_nets.py"], "the file exists already, --out doctor_nets.py, "),
+        (["--explain", "BN999"], "no rule 'BN999', --explain BN999, "),
+    ],
+)
+def test_a_mistake_names_the_flag(capsys, arguments, named):
+    _, _, err = run(capsys, "doctor_nets:with_batches", *arguments)
+    assert named in err
 
 
 def test_json(capsys):

@@ -1,4 +1,4 @@
-"""Seeded faults are found, healthy networks are left in peace: a part by default, all of it with `-m slow`.
+"""Seeded faults are found, and healthy networks have no findings: a part by default, all of it with `-m slow`.
 
 `python -m benchmarks.doctor_corpus` makes the table in the docs from the same corpus.
 """
@@ -12,12 +12,12 @@ from batchnorm import diagnose
 from tests.doctor.faults import faults
 from tests.doctor.healthy import healthy
 
-# A part of the corpus that holds every code; what needs a training is the slow part.
+# The default part holds every code. The other cases are slow, because many train a network.
 _EVERY_FAULT, _EVERY_HEALTHY = 11, 9
 
 
 def _cases(corpus, every: int) -> list:
-    """All cases, those outside the part marked slow; of each code the first one is in it."""
+    """Return all cases. Those outside the default part, which has the first case of each code, are marked slow."""
     seen, cases = set(), []
     for number, case in enumerate(corpus):
         first = len(case) == 3 and case[1] not in seen
@@ -55,7 +55,7 @@ def test_transformers_networks_are_left_in_peace():
     for name, call in _of_transformers("healthy"):
         torch.manual_seed(0)
         alarms = [str(f) for f in diagnose(**call()).findings if f.severity != "info"]
-        # Stages of one pixel: sixteen samples are sixteen values there, which is said and is true.
+        # Some stages have one pixel. There BN201 is right: sixteen samples are sixteen values.
         assert [a for a in alarms if not a.startswith("BN201")] == [], name
 
 

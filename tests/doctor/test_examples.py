@@ -1,4 +1,4 @@
-"""The five examples: each finds its fault, and no longer after the mending."""
+"""The five examples: each finds its fault, and no longer after the repair."""
 
 import importlib.util
 import sys

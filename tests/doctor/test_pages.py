@@ -1,11 +1,11 @@
-"""Each rule has a page, and the page's examples do what it says: the first shows the fault, the next is mended."""
+"""Each rule has a page with examples that run: the first has the fault, and the next one has it no longer."""
 
 import re
 
 import pytest
 
 from batchnorm.doctor.pages import page
-from batchnorm.doctor.rule import all_rules
+from batchnorm.doctor.rules import all_rules
 from batchnorm.errors import UserError
 
 CODES = [
@@ -13,7 +13,7 @@ CODES = [
     *("BN201", "BN202", "BN203", "BN204", "BN205", "BN206", "BN207"),
     *("BN301", "BN302", "BN303", "BN304", "BN401", "BN402"),
 ]
-# Its example is a script that starts two processes; tests/doctor/test_ranks.py runs it.
+# The example of BN304 is a script that starts two processes. tests/doctor/test_ranks.py runs it.
 IN_PROCESS = [code for code in CODES if code != "BN304"]
 
 

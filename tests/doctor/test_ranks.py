@@ -1,4 +1,4 @@
-"""Buffers compared between two processes."""
+"""Comparing the buffers of two processes."""
 
 import subprocess
 import sys

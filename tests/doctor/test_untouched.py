@@ -1,4 +1,4 @@
-"""Whatever is examined comes back bit for bit, also when the examination fails half way."""
+"""What is examined comes back bit for bit, also where the examination fails."""
 
 import copy
 import random
@@ -15,7 +15,7 @@ from tests.doctor.nets import NETS, batches_for
 
 
 def everything(model, optimizer):
-    """All that must not change, by value."""
+    """Return everything that must not change, by value."""
     return {
         "modes": [m.training for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
@@ -24,7 +24,7 @@ def everything(model, optimizer):
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "requires": [p.requires_grad for p in model.parameters()],
         "optimizer": copy.deepcopy(optimizer.state_dict()),
-        # numpy's global generator, which NPY002 is against, is what users' forwards draw from
+        # NPY002 forbids numpy's global generator, but the forwards of users draw from it
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002
     }
 
@@ -42,7 +42,7 @@ def assert_same(before, after):
 
 
 class Noisy(nn.Module):
-    """A forward that leaves traces: attributes, lists, buffers, random numbers, in-place work on its input."""
+    """A model whose forward changes attributes, lists, buffers, random generators and its input."""
 
     def __init__(self, fails_at=None):
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_graph_that_waits_for_backward_still_can():
 @pytest.mark.parametrize("name", ["cnn", "mlp", "functional"])
 @pytest.mark.parametrize("with_step", [True, False])
 def test_at_most_three_forwards_a_batch(name, with_step):
-    """Statistics are moved, so that every pass is run; mlp has dropout before a normalization here."""
+    """The statistics are moved and mlp has dropout before a normalization, so that every pass runs."""
     model = NETS[name].make()
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("mean"):

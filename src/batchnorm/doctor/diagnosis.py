@@ -1,4 +1,4 @@
-"""What an examination returns: findings, ordered by what hurts most, and what was not examined."""
+"""What an examination returns: the findings, the worst first, and what was not examined."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SEVERITIES", "Diagnosis", "Finding"]
+__all__ = ["SEVERITIES", "Diagnosis", "Finding", "shown"]
 
 SEVERITIES = ("error", "warning", "info")
-# Among findings of one severity: wrong answers first, then lost signal, then training that is not what was meant.
-_HURTS = (
-    "BN107", "BN106", "BN401", "BN202", "BN108", "BN304", "BN205", "BN207", "BN206", "BN201", "BN105", "BN110",
-    "BN103", "BN109", "BN102", "BN303", "BN301", "BN302", "BN204", "BN203", "BN112", "BN101", "BN104", "BN402",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,12 +16,12 @@ class Finding:
     """One fault in one place.
 
     Attributes:
-        code, name: of the rule, as BN202 and train-eval-gap.
+        code, name: those of the rule.
         severity: "info", "warning" or "error".
         module: dotted name; "" is the whole model.
         message: what is wrong, in one sentence.
-        evidence: the numbers it rests on.
-        fix: the one line that mends it.
+        evidence: the numbers that show it.
+        fix: the line that repairs it.
         false_alarm: what would have to be true for this to be no fault.
     """
 
@@ -40,17 +35,8 @@ class Finding:
     false_alarm: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the finding for JSON, which has no NaN and no infinity: these become text."""
-        return {
-            "code": self.code,
-            "name": self.name,
-            "severity": self.severity,
-            "module": self.module,
-            "message": self.message,
-            "evidence": {key: _for_json(value) for key, value in self.evidence.items()},
-            "fix": self.fix,
-            "false_alarm": self.false_alarm,
-        }
+        """Return the finding for JSON. NaN and infinity become text, because JSON has neither."""
+        return {**vars(self), "evidence": {key: _for_json(value) for key, value in self.evidence.items()}}
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{key} {shown(value)}" for key, value in self.evidence.items())
@@ -59,7 +45,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`findings`, the worst first; `not_examined`: for each rule that could not decide, what it lacked."""
+    """What an examination found.
+
+    Attributes:
+        findings: the worst first.
+        not_examined: for the code of each rule that could not decide, what it lacked.
+        examined: the codes of the rules that decided.
+        subject: what was examined, in words.
+    """
 
     findings: tuple[Finding, ...]
     not_examined: dict[str, str] = field(default_factory=dict)
@@ -73,17 +66,17 @@ class Diagnosis:
 
     @property
     def worst(self) -> str | None:
-        """The worst severity, None without findings."""
+        """The worst severity; None without findings."""
         found = {finding.severity for finding in self.findings}
         return next((severity for severity in SEVERITIES if severity in found), None)
 
     @property
     def exit_code(self) -> int:
-        """1 for a finding of warning or error, else 0."""
+        """1 where a warning or an error was found, else 0."""
         return int(self.worst in ("warning", "error"))
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the diagnosis for JSON."""
+        """Return the diagnosis for JSON."""
         return {
             "subject": self.subject,
             "findings": [finding.as_dict() for finding in self.findings],
@@ -100,13 +93,8 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def by_harm(finding: Finding) -> tuple[int, int, str]:
-    """Sorts the worst first."""
-    return SEVERITIES.index(finding.severity), _HURTS.index(finding.code), finding.module
-
-
 def shown(value: float | int | str) -> str:
-    """A number of evidence with the digits that matter."""
+    """Return a number of evidence with the digits that matter."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""`diagnose`: gathers the facts that were asked for, and lets every rule decide on them."""
+"""`diagnose`: gathers the evidence that the chosen rules ask for, and lets every rule decide on it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.optim import Optimizer
 
 from ..errors import UserError
-from .diagnosis import Diagnosis, Finding, by_harm
-from .facts.batches import Batch, as_batch, collect
-from .facts.facts import Facts, NotExamined, masks_of
-from .facts.files import is_file, read_file
-from .facts.layers import find_layers, model_trains
-from .facts.measure import measure
-from .facts.preserve import preserved
-from .facts.ranks import Ranks, compare_ranks
-from .facts.record import tensors_in
-from .facts.symbolic import trace_graph
-from .facts.training import Training, watch_steps
-from .rule import Rule, chosen
+from ..inspect.from_fx import graph_of_trace
+from ..inspect.from_run import graph_of_run, tensors_in
+from ..inspect.graph import ModelGraph
+from ..inspect.untouched import preserved
+from .diagnosis import SEVERITIES, Diagnosis, Finding
+from .evidence.exported_files import is_file, read_file
+from .evidence.input_batches import Batch, as_batch, collect, masks_of
+from .evidence.needs import Evidence, NotExamined
+from .evidence.normalizations import Layer, find_layers, model_trains
+from .evidence.passes import measure
+from .evidence.ranks import Ranks, compare_ranks, is_distributed
+from .evidence.symbolic import trace_graph
+from .evidence.training_steps import watch_steps
+from .rule import Rule
+from .rules import chosen_rules
 
 __all__ = ["diagnose"]
 
-# An example of fewer samples, or of constant values, shows shapes alone.
+# An example input of fewer samples, or of constant values, shows only shapes.
 _SAMPLES_OF_DATA = 8
 
 
@@ -48,10 +50,10 @@ def diagnose(
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
 ) -> Diagnosis:
-    """Names what is wrong with batch normalization in a model.
+    """Name what is wrong with batch normalization in a model.
 
-    The model is called at most three times a batch, without gradients and with dropout off but for one pass; it
-    comes back bit for bit as it was, as do the optimizer and the random generators, also after an exception.
+    The model is called at most three times for each batch, without gradients, and with dropout off in all passes but
+    one. Model, optimizer and random generators come back bit for bit as they were, also after an exception.
 
     Args:
         model: any module; or an ``ExportedProgram``, or the path of a .pt2 or .onnx file.
@@ -65,7 +67,7 @@ def diagnose(
         steps: how many training steps are planned.
         step: runs one training step on one batch; a few are run and undone.
         process_group: "world" or a group: compares the ranks' buffers, by collectives that every rank must join.
-        select, ignore: codes or prefixes ("BN2"), a sequence or comma-separated.
+        select, ignore: codes or prefixes of codes, a sequence or comma-separated.
 
     Returns:
         A `Diagnosis`. What a rule needs and did not get is listed in ``not_examined``.
@@ -73,23 +75,23 @@ def diagnose(
     Raises:
         UserError: arguments of the wrong form, a forward or step that raises, batches that end early.
     """
-    rules = chosen(select, ignore)
+    rules = chosen_rules(select, ignore)
     if is_file(model):
         assert not isinstance(model, nn.Module)
-        facts = Facts(file=read_file(model))
-        return _decide(rules, facts, str(model) if isinstance(model, (str, Path)) else "ExportedProgram")
+        subject = "ExportedProgram" if isinstance(model, ExportedProgram) else str(model)
+        return _decide(rules, Evidence(file=read_file(model)), subject)
     _check(model, optimizer, steps, step, batches)
     assert isinstance(model, nn.Module)
     with preserved(model, [optimizer] if optimizer is not None else []):
-        facts = _gather(model, batches, example_input, mask, step, optimizer, process_group, rules)
-    facts.optimizer, facts.loader, facts.steps = optimizer, loader, steps
-    return _decide(rules, facts, type(model).__name__)
+        evidence = _gather(model, batches, example_input, mask, step, optimizer, process_group, rules)
+    evidence.optimizer, evidence.loader, evidence.steps = optimizer, loader, steps
+    return _decide(rules, evidence, type(model).__name__)
 
 
 def _check(model: Any, optimizer: Any, steps: Any, step: Any, batches: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model is a {type(model).__name__}, diagnose(model), pass a torch.nn.Module, an ExportedProgram or a path"
+            f"model is a {type(model).__name__}, diagnose(model=…), pass a Module, an ExportedProgram or a path"
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise UserError(f"optimizer is a {type(optimizer).__name__}, diagnose(optimizer=…), pass a torch.optim one")
@@ -98,7 +100,7 @@ def _check(model: Any, optimizer: Any, steps: Any, step: Any, batches: Any) -> N
     if step is not None and not callable(step):
         raise UserError(f"step is a {type(step).__name__}, diagnose(step=…), pass a callable that trains on one batch")
     if step is not None and batches is None:
-        raise UserError("step without batches, diagnose(step=…), pass batches for it to train on")
+        raise UserError("step without batches, diagnose(batches=…), pass batches for it to train on")
 
 
 def _gather(
@@ -110,43 +112,52 @@ def _gather(
     optimizer: Optimizer | None,
     process_group: Any,
     rules: tuple[Rule, ...],
-) -> Facts:
-    codes = {rule.code for rule in rules}
+) -> Evidence:
+    asked = {name for rule in rules for name in (*rule.needs, *rule.wants)}
     masks = masks_of(mask)
     collected = collect(batches, model) if batches is not None else []
     examples = [as_batch(example_input, model, target=False)] if example_input is not None and not collected else []
     layers = find_layers(model)
-    training: Training | None = None
-    if step is not None and codes & {"BN301", "BN302"}:
-        training = watch_steps(model, layers, collected, step, optimizer)
-    # A lazy layer takes its shape from the first forward, for good: that one is not the user's to lose.
+    training = watch_steps(model, layers, collected, step, optimizer) if step is not None and "step" in asked else None
+    # A lazy layer takes its shape from its first forward, for good. So a copy runs, and the user's layer stays lazy.
     runs_on = _copy_of_lazy(model) if collected or examples else model
     if runs_on is not model:
         layers = find_layers(runs_on)
-    facts = Facts(model=runs_on, trains=model_trains(model), layers=layers, masked=masks is not None, training=training)
-    facts.ranks = _ranks(runs_on, facts, process_group)
+    evidence = Evidence(runs_on, model_trains(model), layers, masked=masks is not None, training=training)
+    evidence.ranks = _ranks(runs_on, layers, process_group)
     if collected or examples:
         found = measure(
             runs_on,
             layers,
             collected or examples,
             masks=masks,
-            compare_ways="BN202" in codes and bool(collected),
-            try_dropout="BN105" in codes,
-            spent=training.forwards if training else 0,
+            compare_ways="comparison" in asked and bool(collected),
+            try_dropout="dropout" in asked,
+            spent=(training.forwards if training else 0) + ("folding" in asked),
         )
-        facts.measurements, facts.layers, facts.graph = found, found.layers, found.graph
-        facts.real_batches = bool(collected) or _is_data(examples[0])
+        evidence.measurements, evidence.layers, evidence.graph = found, found.layers, found.graph
+        evidence.real_batches = bool(collected) or _is_data(examples[0])
     else:
-        facts.graph = trace_graph(model, layers)
-    return facts
+        evidence.graph = trace_graph(model, layers)
+    if "folding" in asked and not evidence.trains and not (evidence.measurements and evidence.measurements.wrong_axis):
+        evidence.fold_graph = _fold_graph(runs_on, collected or examples)
+    return evidence
+
+
+def _fold_graph(model: nn.Module, batches: list[Batch]) -> ModelGraph:
+    """Return what calls what, as `fold` reads it: from a run where there is a batch, and else from a trace."""
+    if not batches:
+        return graph_of_trace(model)
+    first = batches[0]
+    return graph_of_run(model, first.kwargs or first.args, "diagnose")
 
 
 def _copy_of_lazy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with lazy tensors, and any other model as it is."""
     buffers = [buffer for buffer in model.buffers() if is_lazy(buffer)]
     if not buffers and not any(is_lazy(parameter) for parameter in model.parameters()):
         return model
-    # Of what has no shape yet, torch copies parameters but no buffers.
+    # torch copies lazy parameters but not lazy buffers, so each of these is given its copy.
     new: Any = UninitializedBuffer
     return copy.deepcopy(model, {id(b): new(device=b.device, dtype=b.dtype) for b in buffers})
 
@@ -156,25 +167,26 @@ def _is_data(batch: Batch) -> bool:
     return batch.size >= _SAMPLES_OF_DATA and all(t.numel() > 1 and float(t.double().std()) > 0 for t in tensors)
 
 
-def _ranks(model: nn.Module, facts: Facts, process_group: Any) -> Ranks | None:
+def _ranks(model: nn.Module, layers: list[Layer], process_group: Any) -> Ranks | None:
     if process_group is None:
         return None
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         raise UserError(
             "process_group without torch.distributed, diagnose(process_group=…), call init_process_group on every rank"
         )
-    return compare_ranks(model, facts.layers, process_group)
+    return compare_ranks(model, layers, process_group)
 
 
-def _decide(rules: tuple[Rule, ...], facts: Facts, subject: str) -> Diagnosis:
+def _decide(rules: tuple[Rule, ...], evidence: Evidence, subject: str) -> Diagnosis:
+    order = {rule.code: rule.order for rule in rules}
     findings: list[Finding] = []
     not_examined: dict[str, str] = {}
-    examined: list[str] = []
     with torch.no_grad():
         for rule in rules:
             try:
-                findings += rule.examine(facts)
-                examined.append(rule.code)
+                findings += rule.examine(evidence)
             except NotExamined as lacking:
                 not_examined[rule.code] = str(lacking)
-    return Diagnosis(tuple(sorted(findings, key=by_harm)), not_examined, tuple(examined), subject)
+    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), order[finding.code], finding.module))
+    examined = tuple(rule.code for rule in rules if rule.code not in not_examined)
+    return Diagnosis(tuple(findings), not_examined, examined, subject)

@@ -1,23 +1,24 @@
-"""What a rule is, and the registry of all of them: one small file each under `rules/`."""
+"""What a rule is, and the decorator that registers one. Each rule is one file under `rules/` and one page."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from pathlib import Path
 
-from ..errors import UserError
+from .change import Change, RepairContext
 from .diagnosis import Finding
-from .facts.facts import Facts, NotExamined
+from .evidence.needs import Evidence, NotExamined
 
-__all__ = ["Found", "NotExamined", "Rule", "all_rules", "chosen", "rule"]
+__all__ = ["Found", "NotExamined", "Repair", "Rule", "registered", "rule"]
+
+Repair = Callable[[RepairContext, Finding], list[Change]]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule yields; the registry adds what all its findings have in common."""
+    """What a rule yields. The rule adds what all its findings have in common."""
 
     module: str
     message: str
@@ -26,26 +27,37 @@ class Found:
     fix: str | None = None
 
 
+Check = Callable[[Evidence], Iterable[Found]]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """`needs` are names that `Facts.lacks` knows; `false_alarm` completes "a false alarm if …"."""
+    """Everything that is known about one code. The decorator `rule` says what the fields mean."""
 
     code: str
     name: str
     summary: str
+    order: int
     needs: tuple[str, ...]
+    wants: tuple[str, ...]
     fix: str
     false_alarm: str
-    check: Callable[[Facts], Iterable[Found]] = field(repr=False)
+    repair: Repair | None = field(repr=False)
+    check: Check = field(repr=False)
 
-    def examine(self, facts: Facts) -> list[Finding]:
-        """Returns the findings.
+    @property
+    def page(self) -> Path:
+        """The Markdown page: `pages/CODE.md` beside the folder of the rule's file."""
+        return Path(inspect.getfile(self.check)).parents[1] / "pages" / f"{self.code}.md"
+
+    def examine(self, evidence: Evidence) -> list[Finding]:
+        """Return the findings.
 
         Raises:
             NotExamined: a need is not met.
         """
         for need in self.needs:
-            lacking = facts.lacks(need)
+            lacking = evidence.lacks(need)
             if lacking is not None:
                 raise NotExamined(lacking)
         return [
@@ -59,7 +71,7 @@ class Rule:
                 fix=found.fix or self.fix,
                 false_alarm=self.false_alarm,
             )
-            for found in self.check(facts)
+            for found in self.check(evidence)
         ]
 
 
@@ -67,43 +79,38 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    code: str, name: str, *, summary: str, needs: tuple[str, ...], fix: str, false_alarm: str
-) -> Callable[[Callable[[Facts], Iterable[Found]]], Rule]:
-    """Registers the function that it decorates as the rule's decision."""
+    code: str,
+    name: str,
+    *,
+    summary: str,
+    order: int,
+    needs: tuple[str, ...],
+    fix: str,
+    false_alarm: str,
+    wants: tuple[str, ...] = (),
+    repair: Repair | None = None,
+) -> Callable[[Check], Rule]:
+    """Register the function that it decorates as the decision of a rule.
 
-    def register(check: Callable[[Facts], Iterable[Found]]) -> Rule:
-        _RULES[code] = Rule(code, name, summary, needs, fix, false_alarm, check)
+    Args:
+        code, name: as a finding shows them.
+        summary: the fault in one sentence.
+        order: position among findings of one severity, lowest first: wrong answers, then lost signal, then training
+            that is not what was meant.
+        needs: names that `Evidence.lacks` knows. The rule is not examined where one is missing.
+        fix: the line that repairs the fault by hand; a finding may give its own.
+        false_alarm: completes "a false alarm if …".
+        wants: measurements that cost forward passes and that the rule can decide without: "comparison", "dropout".
+        repair: repairs one finding in place and returns what it changed. None: only the user can.
+    """
+
+    def register(check: Check) -> Rule:
+        _RULES[code] = Rule(code, name, summary, order, needs, wants, fix, false_alarm, repair, check)
         return _RULES[code]
 
     return register
 
 
-@cache
-def all_rules() -> tuple[Rule, ...]:
-    """Returns every rule, by code."""
-    from . import rules
-
-    for module in pkgutil.iter_modules(rules.__path__):
-        importlib.import_module(f"{rules.__name__}.{module.name}")
+def registered() -> tuple[Rule, ...]:
+    """Return the rules whose files were imported, by code."""
     return tuple(_RULES[code] for code in sorted(_RULES))
-
-
-def chosen(select: str | Iterable[str] | None, ignore: str | Iterable[str] | None) -> tuple[Rule, ...]:
-    """Returns the selected rules (None = all) without the ignored ones. A prefix stands for all its codes: BN2.
-
-    Raises:
-        UserError: a code that no rule has.
-    """
-    wanted = set(_codes(select, "select")) if select is not None else {rule.code for rule in all_rules()}
-    unwanted = set(_codes(ignore, "ignore")) if ignore is not None else set()
-    return tuple(rule for rule in all_rules() if rule.code in wanted - unwanted)
-
-
-def _codes(given: str | Iterable[str], option: str) -> Iterator[str]:
-    entries = given.split(",") if isinstance(given, str) else given
-    for entry in entries:
-        prefix = str(entry).strip().upper()
-        found = [rule.code for rule in all_rules() if rule.code.startswith(prefix) and len(prefix) > 1]
-        if not found:
-            raise UserError(f"no rule {entry!r}, {option}, give codes of {all_rules()[0].code}…{all_rules()[-1].code}")
-        yield from found

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..._version import __version__
 from ..diagnosis import Diagnosis, Finding
-from ..rule import all_rules
+from ..rules import all_rules
 
 __all__ = ["to_sarif"]
 
@@ -14,7 +14,7 @@ _LEVELS = {"info": "note", "warning": "warning", "error": "error"}
 
 
 def to_sarif(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Returns the diagnosis as a SARIF log. A module is a logical location: it lies in no line of a file."""
+    """Return the diagnosis as a SARIF log. A module is a logical location, because it stands in no line of a file."""
     rules = all_rules()
     index = {rule.code: position for position, rule in enumerate(rules)}
     driver = {

@@ -1,4 +1,4 @@
-"""The terminal's table: what hurts most first, findings of one kind together."""
+"""The table for the terminal: the worst findings first, those of one rule together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rich.text import Text
 from ..diagnosis import Diagnosis, Finding, shown
 
 if TYPE_CHECKING:
-    from ..fix import Mending
+    from ..repair import RepairReport
 
-__all__ = ["print_diagnosis", "print_mending"]
+__all__ = ["print_diagnosis", "print_repair"]
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-# Modules of one finding that are named; the rest is counted. --json has them all.
+# Number of modules of one finding that are named. The others are only counted; the JSON names them all.
 _NAMED = 3
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Prints the findings and, below them, what was not examined and why."""
+    """Print the findings and, below them, what was not examined and why."""
     if diagnosis.findings:
         console.print(_table(diagnosis))
     else:
@@ -66,16 +66,16 @@ def _by_reason(diagnosis: Diagnosis) -> dict[str, list[str]]:
     return reasons
 
 
-def print_mending(mending: Mending, console: Console) -> None:
-    """Prints what was changed, what was left, and the findings before and after."""
+def print_repair(report: RepairReport, console: Console) -> None:
+    """Print what was changed, what was left, and the number of findings before and after."""
     table = Table(title="mended", title_justify="left")
     for heading in ("rule", "module", "what", "before", "after"):
         table.add_column(heading, overflow="fold")
-    for change in mending.changes:
+    for change in report.changes:
         table.add_row(change.code, change.module or "model", change.what, change.before, change.after)
-    if mending.changes:
+    if report.changes:
         console.print(table)
-    for code, reason in mending.left.items():
+    for code, reason in report.left.items():
         console.print(f"not mended: {code}: {reason}")
-    for code in sorted(mending.before | mending.after):
-        console.print(f"{code}: {mending.before.get(code, 0)} findings before, {mending.after.get(code, 0)} after")
+    for code in sorted(report.before | report.after):
+        console.print(f"{code}: {report.before.get(code, 0)} findings before, {report.after.get(code, 0)} after")

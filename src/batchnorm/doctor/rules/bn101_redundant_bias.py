@@ -2,31 +2,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..facts.facts import Facts
+from ..change import Change, RepairContext
+from ..diagnosis import Finding
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
+
+
+@torch.no_grad()
+def move_bias(context: RepairContext, finding: Finding) -> list[Change]:
+    """Move the bias into the running mean and hold it at 0, so that the state file keeps its keys."""
+    layer, norm = context.module(finding.module), context.module(str(finding.evidence["normalized_by"]))
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, nn.Parameter) or norm is None:
+        return []
+    largest = float(bias.abs().max())
+    mean = getattr(norm, "running_mean", None)
+    if isinstance(mean, Tensor) and mean.shape == bias.shape:
+        mean.sub_(bias.to(mean.dtype))
+    bias.zero_()
+    bias.requires_grad_(False)
+    return [Change(finding.code, finding.module, "bias, into the running mean", f"up to {largest:.3g}", "0, held")]
 
 
 @rule(
     "BN101",
     "redundant-bias",
     summary="A Conv or Linear has a bias right before a batch normalization, which subtracts it again.",
+    order=220,
     needs=("graph",),
     fix="build the layer with bias=False",
     false_alarm="the normalization will be frozen or taken out, so that the bias reaches the next layer",
+    repair=move_bias,
 )
-def redundant_bias(facts: Facts) -> Iterator[Found]:
-    assert facts.graph is not None
+def redundant_bias(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.graph is not None
     seen: set[int] = set()
-    for layer, norm in facts.graph.directly_normalized():
+    for layer, norm in evidence.graph.directly_normalized():
         bias = layer.bias
-        if bias is None or norm.owner is None or id(bias) in seen or not getattr(norm.owner, "live", False):
+        if bias is None or id(bias) in seen or norm.owner.frozen:
             continue
-        if layer.shape is not None and layer.feature_axis != 1:  # the normalization is over other features
+        if layer.shape is not None and layer.feature_axis != 1:  # the normalization is over another axis
             continue
         if not bias.requires_grad and not nn.parameter.is_lazy(bias) and not bias.any():
-            continue  # held at zero: nothing is learned or lost
+            continue  # it is held at 0, so nothing is lost
         seen.add(id(bias))
         yield Found(
             layer.name,

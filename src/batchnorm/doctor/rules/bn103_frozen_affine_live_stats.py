@@ -2,23 +2,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.facts import Facts
+from ...model_tools.freeze import freeze
+from ..change import Change, RepairContext
+from ..diagnosis import Finding
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
+
+
+def freeze_layer(context: RepairContext, finding: Finding) -> list[Change]:
+    """Freeze the layer, so that its statistics are held as γ and β are."""
+    norm = context.module(finding.module)
+    if norm is None:
+        return []
+    freeze(norm)
+    return [Change(finding.code, finding.module, "running statistics", "moving", "held")]
 
 
 @rule(
     "BN103",
     "frozen-affine-live-stats",
     summary="γ and β do not learn, but the running statistics still move: the layer is only half frozen.",
+    order=130,
     needs=("model",),
     fix="batchnorm.freeze(module) holds both, through every .train()",
     false_alarm="the statistics are meant to adapt to new data while γ and β stay (domain adaptation)",
+    repair=freeze_layer,
 )
-def frozen_affine_live_stats(facts: Facts) -> Iterator[Found]:
-    for layer in facts.layers:
+def frozen_affine_live_stats(evidence: Evidence) -> Iterator[Found]:
+    for layer in evidence.layers:
         moves = layer.training and layer.tracks and layer.momentum != 0 and not layer.frozen
         moves = moves and getattr(layer.module, "track_running_stats", True)
-        if not moves or not layer.affine or layer.affine_learns:
+        if not moves or not layer.affine_is_held:
             continue
         yield Found(
             layer.name,

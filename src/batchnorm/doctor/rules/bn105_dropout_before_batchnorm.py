@@ -4,35 +4,37 @@ import math
 from collections.abc import Iterator
 
 from ...statistics.measured import Measured
-from ..facts.facts import Facts, NotExamined
-from ..facts.graph import Node
-from ..facts.layers import Layer
+from ..evidence.model_graph import Node
+from ..evidence.needs import Evidence, NotExamined
+from ..evidence.normalizations import Layer
 from ..rule import Found, rule
 
-# Ratio of the variances with and without dropout, arXiv 1801.05134.
-AWAY, FAILS = 1.05, 1.2
+# Ratio of the variances with and without dropout: a warning, an error (arXiv 1801.05134).
+_WARNING, _ERROR = 1.05, 1.2
 
 
 @rule(
     "BN105",
     "dropout-before-batchnorm",
     summary="Dropout raises the variance that a batch normalization learns, and evaluation runs without it.",
+    order=110,
     needs=("graph",),
+    wants=("dropout",),
     fix="move the dropout behind the last batch normalization, or recalibrate with batchnorm.recalibrate",
     false_alarm="dropout also runs in evaluation (Monte Carlo dropout)",
 )
-def dropout_before_batchnorm(facts: Facts) -> Iterator[Found]:
-    assert facts.graph is not None
+def dropout_before_batchnorm(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.graph is not None
     pairs: dict[int, tuple[Layer, Node]] = {}
-    for node in facts.graph.of_kind("dropout"):
+    for node in evidence.graph.of_kind("dropout"):
         if node.p > 0:
-            for norm in facts.graph.first_norms_after(node):
-                if getattr(norm.owner, "live", False) and norm.owner.running_mean is not None:
+            for norm in evidence.graph.first_norms_after(node):
+                if not norm.owner.frozen and norm.owner.running_mean is not None:
                     pairs.setdefault(id(norm.owner), (norm.owner, node))
     unmeasured = False
     for layer, node in pairs.values():
-        seen = facts.measured(layer)
-        if facts.real_batches and seen is not None:
+        seen = evidence.measured(layer)
+        if evidence.real_batches and seen is not None:
             if not seen.dropped.count:
                 unmeasured = True
             else:
@@ -48,7 +50,7 @@ def dropout_before_batchnorm(facts: Facts) -> Iterator[Found]:
 
 
 def _measured(layer: Layer, node: Node, seen: Measured) -> Iterator[Found]:
-    """The mean over channels of the log ratio, beyond what the spread over channels explains."""
+    """Yield a finding where the mean log ratio over channels exceeds what their spread explains."""
     on, off = seen.dropped.var, seen.kept.var
     alive = (off > 10 * layer.eps) & (on > 0)
     if not alive.any():
@@ -57,10 +59,10 @@ def _measured(layer: Layer, node: Node, seen: Measured) -> Iterator[Found]:
     noise = 2 * float(logs.std()) / math.sqrt(len(logs)) if len(logs) > 1 else math.sqrt(2 / seen.dropped.count)
     ratio = math.exp(float(logs.mean()))
     surely = math.exp(float(logs.mean()) - noise)
-    if surely > AWAY:
+    if surely > _WARNING:
         yield Found(
             layer.name,
             f"dropout {node.name} makes its input's variance {ratio:.2f} times that of evaluation",
             {"variance_ratio": ratio, "p": node.p},
-            severity="error" if surely > FAILS else "warning",
+            severity="error" if surely > _ERROR else "warning",
         )

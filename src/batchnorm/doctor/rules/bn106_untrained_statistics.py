@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..facts.facts import Facts
+from ..change import request_recalibration
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 
@@ -13,18 +14,20 @@ from ..rule import Found, rule
     "BN106",
     "untrained-statistics",
     summary="The model is evaluated, or averaged, on running statistics that are still the initial 0 and 1.",
+    order=20,
     needs=("model",),
     fix="batchnorm.recalibrate(model, batches), or copy the buffers together with the parameters",
     false_alarm="inputs of mean 0 and variance 1 in every channel are what the layer really gets",
+    repair=request_recalibration,
 )
-def untrained_statistics(facts: Facts) -> Iterator[Found]:
-    assert facts.model is not None
-    averaged = _averaged_modules(facts.model)
-    for layer in facts.layers:
-        if layer.frozen or not layer.is_initial or layer.kind == "frozen":
+def untrained_statistics(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.model is not None
+    averaged = _averaged_modules(evidence.model)
+    for layer in evidence.layers:
+        if layer.frozen or not layer.is_initial:
             continue
         copied = layer.module is not None and id(layer.module) in averaged
-        if not copied and (layer.training or not facts.evaluates(layer)):
+        if not copied and (layer.training or not evidence.evaluates(layer)):
             continue
         updates = layer.num_batches_tracked
         yield Found(
@@ -38,7 +41,7 @@ def untrained_statistics(facts: Facts) -> Iterator[Found]:
 
 
 def _averaged_modules(model: nn.Module) -> set[int]:
-    """The modules inside an EMA or SWA copy that has averaged something already."""
+    """Return the ids of the modules inside an EMA or SWA copy that has averaged something already."""
     return {
         id(module)
         for copy in model.modules()

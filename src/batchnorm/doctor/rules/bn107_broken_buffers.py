@@ -4,32 +4,33 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..facts.facts import Facts
-from ..rule import Found, NotExamined, rule
+from ..change import request_recalibration
+from ..evidence.needs import Evidence
+from ..rule import Found, rule
 
 
 @rule(
     "BN107",
     "broken-buffers",
     summary="Running statistics are NaN, infinite, or a variance is negative.",
-    needs=(),
+    order=10,
+    needs=("model or file",),
     fix="batchnorm.recalibrate(model, batches) once the weights are finite; train with nonfinite='skip'",
     false_alarm="the layer is never evaluated",
+    repair=request_recalibration,
 )
-def broken_buffers(facts: Facts) -> Iterator[Found]:
-    if facts.file is not None:
-        held = [(n.name, n.running_mean, n.running_var) for n in facts.file.normalizations]
-    elif facts.model is not None:
-        held = [(layer.name, layer.running_mean, layer.running_var) for layer in facts.layers if layer.tracks]
+def broken_buffers(evidence: Evidence) -> Iterator[Found]:
+    if evidence.file is not None:
+        held = [(n.name, n.running_mean, n.running_var) for n in evidence.file.normalizations]
     else:
-        raise NotExamined("needs the model or a file")
+        held = [(layer.name, layer.running_mean, layer.running_var) for layer in evidence.layers if layer.tracks]
     for name, mean, var in held:
         if mean is None or var is None:
             continue
-        evidence = _broken(mean, var)
-        if evidence:
-            what = " and ".join(key.replace("_", " ") for key in evidence)
-            yield Found(name, f"its buffers hold {what}: every evaluation is wrong", evidence, severity="error")
+        counts = _broken(mean, var)
+        if counts:
+            what = " and ".join(key.replace("_", " ") for key in counts)
+            yield Found(name, f"its buffers hold {what}: every evaluation is wrong", counts, severity="error")
 
 
 def _broken(mean: Tensor, var: Tensor) -> dict[str, float | int | str]:

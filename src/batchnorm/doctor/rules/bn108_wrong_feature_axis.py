@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 
@@ -10,13 +10,14 @@ from ..rule import Found, rule
     "BN108",
     "wrong-feature-axis",
     summary="The features lie on another axis than 1: (N, L, C) was fed to a layer that takes (N, C, L).",
+    order=50,
     needs=("run",),
     fix="transpose before and after: bn(x.transpose(1, 2)).transpose(1, 2)",
     false_alarm="axis 1 is meant to be normalized, each position over the batch and its features",
 )
-def wrong_feature_axis(facts: Facts) -> Iterator[Found]:
-    assert facts.measurements is not None
-    wrong = facts.measurements.wrong_axis
+def wrong_feature_axis(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.measurements is not None
+    wrong = evidence.measurements.wrong_axis
     if wrong is not None:
         yield Found(
             wrong.layer.name,
@@ -25,7 +26,7 @@ def wrong_feature_axis(facts: Facts) -> Iterator[Found]:
             severity="error",
         )
     seen: set[int] = set()
-    for node in facts.measurements.graph.of_kind("batch_norm"):
+    for node in evidence.measurements.graph.of_kind("batch_norm"):
         shape = node.shape
         if shape is None or len(shape) < 3 or node.feature_axis in (None, 1) or id(node.owner) in seen:
             continue

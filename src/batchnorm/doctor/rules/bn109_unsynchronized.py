@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from torch import nn
 
-from ..facts.facts import Facts
-from ..facts.layers import Layer
+from ..evidence.needs import Evidence
+from ..evidence.normalizations import Layer
+from ..evidence.ranks import is_distributed, world_size
 from ..rule import Found, rule
 
 
@@ -14,34 +14,31 @@ from ..rule import Found, rule
     "BN109",
     "unsynchronised",
     summary="A synchronized batch normalization that cannot synchronize: no process group, or the wrong device.",
+    order=140,
     needs=("model",),
     fix="call init_process_group before training, or batchnorm.convert(model, process_group='world') for any backend",
     false_alarm="the process group is made, and the model moved, only after this examination",
 )
-def unsynchronized(facts: Facts) -> Iterator[Found]:
-    assert facts.model is not None
-    parallel = any(isinstance(module, nn.DataParallel) for module in facts.model.modules())
-    for layer in facts.layers:
+def unsynchronized(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.model is not None
+    parallel = any(isinstance(module, nn.DataParallel) for module in evidence.model.modules())
+    for layer in evidence.layers:
         own_group = layer.kind == "module" and getattr(layer.module, "process_group", None) is not None
         if not layer.training or not (layer.kind == "sync" or own_group):
             continue
         found = _what_is_wrong(layer, parallel)
         if found is not None:
-            yield Found(layer.name, found[0], {"ranks": _ranks(), "device": _device(layer)}, severity=found[1])
+            yield Found(layer.name, found[0], {"ranks": world_size(), "device": _device(layer)}, severity=found[1])
 
 
 def _what_is_wrong(layer: Layer, parallel: bool) -> tuple[str, str] | None:
     if parallel and layer.kind == "sync":
         return "SyncBatchNorm does not work in DataParallel: one process a device is needed", "error"
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return "no process group: each process would normalize by its own batch, without a word", "warning"
     if layer.kind == "sync" and _device(layer) == "cpu":
         return "torch's SyncBatchNorm raises on the CPU as soon as there is a process group", "error"
     return None
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _device(layer: Layer) -> str:

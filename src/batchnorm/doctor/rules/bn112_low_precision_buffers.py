@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 _LOW = {torch.float16: 11, torch.bfloat16: 8}  # bits of a significand
@@ -14,12 +14,13 @@ _LOW = {torch.float16: 11, torch.bfloat16: 8}  # bits of a significand
     "BN112",
     "low-precision-buffers",
     summary="Running statistics are kept in fp16 or bf16, where a small update is rounded away.",
+    order=210,
     needs=("model",),
     fix="keep the buffers, γ and β in float32: module.float(); the input may stay half",
     false_alarm="the model only evaluates, and its statistics were learned in float32",
 )
-def low_precision_buffers(facts: Facts) -> Iterator[Found]:
-    for layer in facts.layers:
+def low_precision_buffers(evidence: Evidence) -> Iterator[Found]:
+    for layer in evidence.layers:
         buffers = [b for b in (layer.running_mean, layer.running_var) if b is not None and b.dtype in _LOW]
         if buffers:
             dtype = buffers[0].dtype

@@ -4,32 +4,33 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from ...statistics.measured import Measured
-from ..facts.facts import Facts, NotExamined
-from ..facts.layers import Layer
+from ..evidence.needs import Evidence, NotExamined
+from ..evidence.normalizations import Layer
+from ..evidence.ranks import world_size
 from ..rule import Found, rule
 
-FEW_VALUES, FEW_SAMPLES = 26, 16
+_FEW_VALUES, _FEW_SAMPLES = 26, 16
 
 
 @rule(
     "BN201",
     "too-few-values",
     summary="Statistics over too few values a channel, or a last batch of one sample.",
+    order=100,
     needs=("sizes",),
     fix="larger batches, drop_last=True, or process_group='world', or group normalization for small batches",
     false_alarm="these batches are not those of the training",
 )
-def too_few_values(facts: Facts) -> Iterator[Found]:
-    live = [(layer, seen) for layer, seen in facts.observed() if layer.training and layer.live]
-    if facts.loader is not None:
-        yield from _of_loader(facts, live)
+def too_few_values(evidence: Evidence) -> Iterator[Found]:
+    live = [(layer, seen) for layer, seen in evidence.observed() if layer.training and not layer.frozen]
+    if evidence.loader is not None:
+        yield from _of_loader(evidence, live)
         return
-    if not any(layer.training and layer.live for layer in facts.layers):
-        if facts.layers:
+    if not any(layer.training and not layer.frozen for layer in evidence.layers):
+        if evidence.layers:
             raise NotExamined("no layer takes batch statistics: the model is not in training mode")
         return
     if live:
@@ -39,7 +40,7 @@ def too_few_values(facts: Facts) -> Iterator[Found]:
 def _of_batches(live: list[tuple[Layer, Measured]]) -> Iterator[Found]:
     layer, seen = min(live, key=lambda pair: _values(*pair))
     values, samples = _values(layer, seen), _samples(layer, median(seen.batch_samples))
-    if values < FEW_VALUES or samples < FEW_SAMPLES:
+    if values < _FEW_VALUES or samples < _FEW_SAMPLES:
         yield _few(layer.name, values, samples, len(live))
     last_layer, last = min(live, key=lambda pair: pair[1].batch_counts[-1])
     alone = last.batch_samples[-1] == 1 and median(last.batch_samples) > 1
@@ -69,14 +70,14 @@ def _last_of_one(name: str, values: int | None) -> Found:
     )
 
 
-def _of_loader(facts: Facts, live: list[tuple[Layer, Measured]]) -> Iterator[Found]:
-    size, last = _batch_sizes(facts.loader)
+def _of_loader(evidence: Evidence, live: list[tuple[Layer, Measured]]) -> Iterator[Found]:
+    size, last = _batch_sizes(evidence.loader)
     if size is None:
         raise NotExamined("the loader has no fixed batch size to look at")
-    known = facts.layers
-    if not known and facts.graph is not None:  # functional calls, seen by a trace alone
-        known = [node.owner for node in facts.graph.of_kind("batch_norm")]
-    norms = [layer for layer in known if layer.live and (layer.training or not facts.trains)]
+    layers = evidence.layers
+    if not layers and evidence.graph is not None:  # functional calls, which only a trace shows
+        layers = [node.owner for node in evidence.graph.of_kind("batch_norm")]
+    norms = [layer for layer in layers if not layer.frozen and (layer.training or not evidence.trains)]
     if not norms:
         return
     per_sample = {layer.name: _values(layer, seen) / max(1, median(seen.batch_samples)) for layer, seen in live}
@@ -84,14 +85,14 @@ def _of_loader(facts: Facts, live: list[tuple[Layer, Measured]]) -> Iterator[Fou
     flat = [layer for layer in norms if isinstance(layer.module, nn.BatchNorm1d)]
     samples = _samples(norms[0], size)
     values = samples * per_sample[name] if per_sample else None
-    if samples < FEW_SAMPLES or (values is not None and values < FEW_VALUES):
+    if samples < _FEW_SAMPLES or (values is not None and values < _FEW_VALUES):
         yield _few(name, values if values is not None else samples if flat else samples + 1, samples, len(norms))
     if last == 1 and size > 1:
         yield _last_of_one(name, 1 if per_sample.get(name) == 1 else None)
 
 
 def _batch_sizes(loader: Any) -> tuple[int | None, int | None]:
-    """Returns the batch size and the last batch's, as far as the loader tells without being run."""
+    """Return the batch size and the size of the last batch, as far as the loader tells without being run."""
     sampler = getattr(loader, "batch_sampler", None)
     size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
     drop = getattr(loader, "drop_last", False) or getattr(sampler, "drop_last", False)
@@ -118,4 +119,4 @@ def _values(layer: Layer, seen: Measured) -> float:
 
 def _ranks(layer: Layer) -> int:
     synced = layer.kind == "sync" or getattr(layer.module, "process_group", None) is not None
-    return dist.get_world_size() if synced and dist.is_available() and dist.is_initialized() else 1
+    return world_size() if synced else 1

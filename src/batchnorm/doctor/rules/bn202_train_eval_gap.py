@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.compare import Comparison
-from ..facts.distance import Distance
-from ..facts.facts import Facts, NotExamined
+from ..change import request_recalibration
+from ..evidence.comparison import Comparison
+from ..evidence.distance import Distance
+from ..evidence.needs import Evidence, NotExamined
 from ..rule import Found, rule
 
-# A layer is away when this share of its channels is: one odd channel in a hundred proves nothing.
+# Share of channels from which a layer counts as away. One odd channel in a hundred proves nothing.
 _SHARE = 0.1
-# Change of the answers, in their standard deviations, below which a gap is none.
+# Smallest change of the answers that is a gap, and a large one, in standard deviations of the answers.
 _EFFECT, _LARGE_EFFECT = 0.1, 0.5
 _RECOVERED = 0.5
 
@@ -18,18 +19,21 @@ _RECOVERED = 0.5
     "BN202",
     "train-eval-gap",
     summary="The running statistics are away from the population's, and evaluation pays for it.",
+    order=40,
     needs=("samples",),
+    wants=("comparison",),
     fix="batchnorm.recalibrate(model, batches)",
     false_alarm="the batches given are not drawn as the training data were",
+    repair=request_recalibration,
 )
-def train_eval_gap(facts: Facts) -> Iterator[Found]:
-    assert facts.measurements is not None
-    distances = facts.measurements.distances
-    found = [(layer, distances[id(layer)]) for layer in facts.layers if id(layer) in distances]
+def train_eval_gap(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.measurements is not None
+    distances = evidence.measurements.distances
+    found = [(layer, distances[id(layer)]) for layer in evidence.layers if id(layer) in distances]
     away = [(layer, d) for layer, d in found if d.away]
-    if away and facts.measurements.comparison is None and not any(d.failing >= _SHARE for _, d in away):
+    if away and evidence.measurements.comparison is None and not any(d.failing >= _SHARE for _, d in away):
         raise NotExamined("statistics differ, but no forward pass was left, or no answer came, to compare by")
-    comparison = facts.measurements.comparison
+    comparison = evidence.measurements.comparison
     for layer, d in away:
         severity = _severity(d, comparison)
         if severity is not None:
@@ -44,7 +48,7 @@ def _severity(d: Distance, comparison: Comparison | None) -> str | None:
     costly = comparison.costs or (not comparison.judged and comparison.effect > _LARGE_EFFECT)
     if felt and comparison.recovered >= _RECOVERED and (fails or (d.away >= _SHARE and costly and not d.young)):
         return "error"
-    # Nearer than that: worth a word if it is felt, and if, where targets tell, it costs something.
+    # A smaller distance is a warning if the answers change and, where targets can tell, if it costs something.
     worth_it = felt and (costly if comparison.judged or d.young else True)
     return "warning" if fails or (worth_it and (d.failing or d.away >= _SHARE)) else None
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...statistics.measured import Measured
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, NotExamined, rule
 
-# In σ of the real positions, and in log2: what a tenth of zeros does to a variance.
+# Shift of the mean in σ of the real positions, and log2 ratio of the variances: that of one tenth of zeros.
 _MEAN, _LOG2 = 0.1, 0.15
 
 
@@ -14,19 +14,20 @@ _MEAN, _LOG2 = 0.1, 0.15
     "BN205",
     "padding-contamination",
     summary="Padded positions take part in the statistics.",
+    order=70,
     needs=("mask",),
     fix="batchnorm.convert(model), and pass the mask: bn(x, mask=mask)",
     false_alarm="the padding is data: it is drawn like the real positions",
 )
-def padding_contamination(facts: Facts) -> Iterator[Found]:
+def padding_contamination(evidence: Evidence) -> Iterator[Found]:
     misfits = 0
-    observed = facts.observed()
+    observed = evidence.observed()
     for layer, seen in observed:
         misfits += bool(seen.misfits)
-        if not layer.live or not seen.real.count or seen.real.count == seen.every.count:
+        if layer.frozen or not seen.real.count or seen.real.count == seen.every.count:
             continue
         shift, log2 = _contamination(seen, layer.eps)
-        if not (shift <= _MEAN and log2 <= _LOG2):  # also where padding holds NaN
+        if not (shift <= _MEAN and log2 <= _LOG2):  # also true where padding holds NaN
             share = 1 - seen.real.count / seen.every.count
             yield Found(
                 layer.name,
@@ -38,7 +39,7 @@ def padding_contamination(facts: Facts) -> Iterator[Found]:
 
 
 def _contamination(seen: Measured, eps: float) -> tuple[float, float]:
-    """Root mean square over channels of the mean's shift and of the variance's log2 ratio."""
+    """Return the root mean square over channels of the shift of the mean and of the log2 ratio of the variance."""
     real = seen.real.var + eps
     shift = ((seen.every.mean - seen.real.mean) / real.sqrt()).square().mean().sqrt()
     log2 = ((seen.every.var + eps) / real).log2().square().mean().sqrt()

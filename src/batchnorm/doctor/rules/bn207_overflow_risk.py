@@ -2,23 +2,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
-LARGE = 3e4
+_LARGE = 3e4
 
 
 @rule(
     "BN207",
     "overflow-risk",
     summary="Half-precision activations over 3·10⁴; float16 ends at 65,504.",
+    order=80,
     needs=("values",),
     fix="scale the inputs down, or run the layers before it in bfloat16 or float32",
     false_alarm="larger inputs than these can never come",
 )
-def overflow_risk(facts: Facts) -> Iterator[Found]:
-    for layer, seen in facts.observed():
-        if seen.largest > LARGE or seen.nonfinite:
+def overflow_risk(evidence: Evidence) -> Iterator[Found]:
+    for layer, seen in evidence.observed():
+        if seen.largest > _LARGE or seen.nonfinite:
             lost = f", and {seen.nonfinite} values are infinite or NaN already" if seen.nonfinite else ""
             yield Found(
                 layer.name,

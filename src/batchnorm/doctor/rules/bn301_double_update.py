@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 
@@ -10,13 +10,14 @@ from ..rule import Found, rule
     "BN301",
     "double-update",
     summary="Activation checkpointing repeats the forward inside backward, and the batch counts twice.",
+    order=170,
     needs=("step",),
     fix="batchnorm.convert(model): our layers know a repeated forward and leave the buffers alone",
     false_alarm="momentum was set to 1 − √(1 − momentum) to make up for it",
 )
-def double_update(facts: Facts) -> Iterator[Found]:
-    assert facts.training is not None
-    for updates in facts.training.updates.values():
+def double_update(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.training is not None
+    for updates in evidence.training.updates.values():
         if updates.recomputed:
             yield Found(
                 updates.name,
@@ -24,6 +25,6 @@ def double_update(facts: Facts) -> Iterator[Found]:
                 {
                     "updates": updates.in_forward + updates.without_gradient,
                     "repeated": updates.recomputed,
-                    "steps": facts.training.steps,
+                    "steps": evidence.training.steps,
                 },
             )

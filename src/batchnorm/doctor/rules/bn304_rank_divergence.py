@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.distance import LOG2_AWAY, LOG2_FAILS, MEAN_AWAY, MEAN_FAILS
-from ..facts.facts import Facts
+from ..evidence.distance import LOG2_AWAY, LOG2_FAILS, MEAN_AWAY, MEAN_FAILS
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 _ROUNDING = 1e-4
@@ -13,18 +13,19 @@ _ROUNDING = 1e-4
     "BN304",
     "rank-divergence",
     summary="Ranks hold different running statistics: which one is saved decides the result.",
+    order=60,
     needs=("ranks",),
     fix="batchnorm.convert(model, process_group='world'), or recalibrate with process_group before saving",
     false_alarm="each rank is meant to evaluate on data of its own with statistics of its own",
 )
-def rank_divergence(facts: Facts) -> Iterator[Found]:
-    assert facts.ranks is not None
-    ranks = facts.ranks
+def rank_divergence(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.ranks is not None
+    ranks = evidence.ranks
     if not ranks.same_layers:
         yield Found("", "the ranks do not have the same batch normalizations", {"ranks": ranks.size}, severity="error")
-    # DistributedDataParallel hands rank 0's buffers out before each forward: one update apart is its normal state.
+    # DistributedDataParallel sends the buffers of rank 0 before each forward. So ranks differ by one update normally.
     mean_limit, log2_limit = (MEAN_AWAY, LOG2_AWAY) if ranks.broadcast else (_ROUNDING, _ROUNDING)
-    for layer in facts.layers:
+    for layer in evidence.layers:
         shift, log2 = ranks.spread.get(id(layer), (0.0, 0.0))
         if shift > mean_limit or log2 > log2_limit:
             yield Found(

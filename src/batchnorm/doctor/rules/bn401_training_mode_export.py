@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..facts.facts import Facts
+from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
 
@@ -10,21 +10,22 @@ from ..rule import Found, rule
     "BN401",
     "training-mode-export",
     summary="An exported program normalizes by the batch it is given, not by the running statistics.",
+    order=30,
     needs=("file",),
     fix="call model.eval() before torch.export.export or torch.onnx.export",
     false_alarm="the program is exported to be trained further",
 )
-def training_mode_export(facts: Facts) -> Iterator[Found]:
-    assert facts.file is not None
-    found = [n for n in facts.file.normalizations if n.training]
+def training_mode_export(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.file is not None
+    found = [n for n in evidence.file.normalizations if n.training]
     for normalization in found:
         yield Found(
             normalization.name,
-            f"batch statistics are built into this {facts.file.origin}: answers depend on the rest of the batch",
+            f"batch statistics are built into this {evidence.file.origin}: answers depend on the rest of the batch",
             {
                 "operator": normalization.operator,
                 "in_training_mode": len(found),
-                "of": len(facts.file.normalizations),
+                "of": len(evidence.file.normalizations),
             },
             severity="error",
         )

@@ -1,8 +1,9 @@
-"""A few training steps, watched: which forward moved which statistics, and between which optimizer steps."""
+"""Watches a few training steps: which forward moved which statistics, and between which optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import UserError, quote_error
 from ...functional import batch_norm
-from .batches import Batch, copied
-from .layers import Layer, names_of_tensors
-from .preserve import Preserved, preserved
+from ...inspect.untouched import Preserved, preserved
+from .input_batches import Batch, copied
+from .normalizations import Layer, names_of_tensors
 
 __all__ = ["Training", "Updates", "in_backward", "watch_steps"]
 
@@ -26,7 +27,7 @@ _STEPS = 4
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work: a forward that runs now is one that checkpointing repeats."""
+    """Return whether a backward runs. A forward that runs inside it is one that checkpointing recomputes."""
     return int(torch._C._current_graph_task_id()) != -1
 
 
@@ -35,21 +36,21 @@ class Updates:
     """How one layer's running statistics moved during the watched steps."""
 
     name: str
-    in_forward: int = 0  # with gradients on
+    in_forward: int = 0  # with gradients enabled
     without_gradient: int = 0
     recomputed: int = 0
-    # (state of the parameters, backward passes before it), one entry a different pair
+    # pairs (state of the parameters, number of backward passes before it)
     passes: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def passes_a_step(self) -> float:
-        """Forward-backward passes for each state of the parameters; 1 without accumulation."""
+        """Number of forward-backward passes for each state of the parameters: 1 without accumulation."""
         return len(self.passes) / max(1, len({state for state, _ in self.passes}))
 
 
 @dataclass
 class Training:
-    """What the steps showed; `updates` by the layer's id, or by the running mean's for functional calls."""
+    """What the steps showed. `updates` is by the id of the layer, or of the running mean for functional calls."""
 
     updates: dict[int, Updates] = field(default_factory=dict)
     optimizers: int = 0
@@ -65,7 +66,7 @@ def watch_steps(
     step: Callable[[Any], Any],
     optimizer: Optimizer | None,
 ) -> Training:
-    """Runs ``step(batch)`` a few times and puts model, gradients and every optimizer that stepped back.
+    """Run ``step(batch)`` a few times, and restore the model, the gradients and every optimizer that stepped.
 
     Raises:
         UserError: the step raises.
@@ -102,16 +103,15 @@ class _Watch(TorchFunctionMode):
         self._optimizers: set[int] = set()
         self._state = 0
         self._fingerprint: list[float] = []
-        self._anchor: int | None = None  # the first key that updates: parameters are looked at when it does
+        self._anchor: int | None = None  # the first key that updates; its updates look at the parameters
 
-    def attached(self) -> Any:
-        return _Handles(
-            [
-                _hooks.register_module_forward_pre_hook(self._enter),
-                _hooks.register_module_forward_hook(self._leave, always_call=True),
-                _optimizers.register_optimizer_step_pre_hook(self._before_step),
-            ]
-        )
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach hooks to all modules and optimizers."""
+        before = _hooks.register_module_forward_pre_hook(self._enter)
+        after = _hooks.register_module_forward_hook(self._leave, always_call=True)
+        with before, after, _optimizers.register_optimizer_step_pre_hook(self._before_step):
+            yield
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._kept.add_optimizer(optimizer)
@@ -146,7 +146,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """No mode reaches what autograd runs: what a functional call repeats there shows in its buffers alone."""
+        """Run a backward. A mode does not see what autograd calls, so only a moved buffer shows a recomputed call."""
         before = {key: mean.detach().clone() for key, mean in self._functional_means.items()}
         try:
             return func(*args, **kwargs)
@@ -179,20 +179,8 @@ class _Watch(TorchFunctionMode):
             updates.passes.add((self._state, self.result.backwards))
 
     def _look_at_parameters(self) -> None:
-        """Values, not version counters: an update through `.data` counts nowhere else."""
+        """Count a new state of the parameters by their values. Version counters miss an update through `.data`."""
         now = [float(p.detach().double().abs().sum()) for p in self._parameters]
         if now != self._fingerprint:
             self._state += 1
             self._fingerprint = now
-
-
-class _Handles:
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .graph import Graph, Node
-from .layers import Layer
+from ...inspect.from_run import tensors_in
+from .model_graph import Graph, Node
+from .normalizations import Layer
 
-__all__ = ["Recorder", "tensors_in"]
+__all__ = ["Recorder"]
 
 _CONVOLUTIONS = {
     torch.conv1d, torch.conv2d, torch.conv3d,
@@ -27,7 +27,7 @@ _SHUFFLES = {torch.movedim, Tensor.movedim, torch.moveaxis, Tensor.moveaxis, tor
 
 
 class Recorder:
-    """Notes operations while one forward runs; `graph` is whole once `finish` was called."""
+    """Notes operations while one forward runs. `graph` is complete after `finish`."""
 
     def __init__(self, parameter_names: dict[int, str]) -> None:
         self.graph = Graph()
@@ -35,7 +35,7 @@ class Recorder:
         self._names = parameter_names
 
     def note(self, func: Any, args: Any, kwargs: Any, output: Any, scope: str, module: nn.Module | None) -> None:
-        """Notes any operation but a batch normalization or a dropout."""
+        """Note any operation but a batch normalization or a dropout."""
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not results:
             return
@@ -120,16 +120,3 @@ def _feature_axis(func: Any, args: Any, kwargs: Any, inputs: list[Node], output:
 
 def _numbers(tree: Any) -> list[int]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, int) and not isinstance(leaf, bool)]
-
-
-def tensors_in(tree: Any, depth: int = 3) -> list[Tensor]:
-    """The tensors in any nest of tuples, lists, mappings, and objects that hold them as attributes."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping) and depth:
-            found += tensors_in(list(leaf.values()), depth - 1)
-        elif hasattr(leaf, "__dict__") and depth and not isinstance(leaf, (nn.Module, type)):
-            found += tensors_in(list(vars(leaf).values()), depth - 1)
-    return found

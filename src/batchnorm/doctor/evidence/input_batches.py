@@ -1,29 +1,29 @@
-"""Batches of any form, brought to what the model is called with and what it should answer."""
+"""Batches of any form, split into the arguments of the model and the target."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ...errors import UserError, quote_error
-from .record import tensors_in
+from ...inspect.from_run import tensors_in
 
-__all__ = ["Batch", "as_batch", "collect"]
+__all__ = ["ENOUGH_SAMPLES", "MOST_BATCHES", "Batch", "as_batch", "collect", "copied", "masks_of"]
 
-# 10³–10⁴ samples are near-optimal for population statistics (arXiv 2105.07576); an endless generator must end.
+# 10³ to 10⁴ samples are near-optimal for population statistics (arXiv 2105.07576). An endless generator has to end.
 ENOUGH_SAMPLES, ENOUGH_BATCHES, MOST_BATCHES = 10_000, 32, 1_000
 _INPUT_NAMES = ("input", "inputs", "x", "image", "images", "data", "features", "pixel_values")
 
 
 @dataclass
 class Batch:
-    """`raw` is the user's own; `args` and `kwargs` are what the model is called with."""
+    """One batch. `raw` is what the user gave; `args` and `kwargs` are the arguments of the model."""
 
     raw: Any
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ class Batch:
     size: int
 
     def call(self, model: nn.Module) -> Any:
-        """Calls the model on a copy: a forward that works in place must not change the user's data."""
+        """Call the model on a copy, because a forward that works in place would change the user's data."""
         return model(*copied(self.args), **copied(self.kwargs))
 
     def shapes(self) -> str:
@@ -41,19 +41,19 @@ class Batch:
 
 
 def copied(tree: Any) -> Any:
-    """Returns the tree with every tensor cloned and detached."""
+    """Return the tree with every tensor detached and cloned."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def collect(batches: Any, model: nn.Module) -> list[Batch]:
-    """Reads the batches once: all of them, or the first ones that are enough for population statistics.
+    """Read the batches once: all of them, or the first ones that are enough for population statistics.
 
     Raises:
         UserError: no iterable of batches, none in it, fewer than it promises, or an iterable that raises.
     """
     if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise UserError(
-            f"batches is a {type(batches).__name__} and no iterable of batches, diagnose(model, batches), "
+            f"batches is a {type(batches).__name__} and no iterable of batches, diagnose(batches=…), "
             "pass a list, a generator or a DataLoader: [batch] for a single one"
         )
     promised = _promised(batches)
@@ -72,10 +72,10 @@ def collect(batches: Any, model: nn.Module) -> list[Batch]:
             f"reading the batches raises ({quote_error(error)}), after batch {len(found)}, correct what yields them"
         ) from error
     if not found:
-        raise UserError("no batch in batches, diagnose(model, batches), pass a fresh iterable: is the generator spent?")
+        raise UserError("no batch in batches, diagnose(batches=…), pass a fresh iterable: is the generator spent?")
     if promised is not None and len(found) < promised:
         raise UserError(
-            f"the batches end after {len(found)} of the {promised} that len() promises, diagnose(model, batches), "
+            f"the batches end after {len(found)} of the {promised} that len() promises, diagnose(batches=…), "
             "correct what yields them"
         )
     return found
@@ -89,7 +89,7 @@ def _promised(batches: Any) -> int | None:
 
 
 def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True) -> Batch:
-    """Splits a batch into the model's arguments and the target, by the forward's signature.
+    """Split a batch into the arguments of the model and the target, by the signature of the forward.
 
     Raises:
         UserError: it is, or holds, no tensor at all.
@@ -97,7 +97,8 @@ def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True
     if not tensors_in(raw):
         kind = f"a {type(raw).__name__} without tensors"
         raise UserError(
-            f"batch {number} is {kind}, batches, pass a tensor, a tuple (input, target) or a dict of tensors each"
+            f"batch {number} is {kind}, diagnose(batches=…), "
+            "pass a tensor, a tuple (input, target) or a dict of tensors each"
         )
     if isinstance(raw, Mapping):
         args, kwargs, wanted = _from_mapping(raw, model)
@@ -111,10 +112,10 @@ def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True
 
 def _from_tuple(raw: tuple[Any, ...], model: nn.Module, target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     required, _ = _parameters(model)
-    nested = len(raw) > 1 and isinstance(raw[0], (tuple, list, Mapping))  # the inputs together, then the target
+    nested = len(raw) > 1 and isinstance(raw[0], (tuple, list, Mapping))  # ((inputs), target)
     taken = len(raw) if not target else 1 if nested else max(1, min(len(required), len(raw)))
-    inputs, rest = raw[:taken], raw[taken:]
-    wanted = rest[0] if len(rest) == 1 else (rest or None)
+    inputs, others = raw[:taken], raw[taken:]
+    wanted = others[0] if len(others) == 1 else (others or None)
     if len(inputs) == 1 and len(required) != 1 and isinstance(inputs[0], (tuple, list)):
         return tuple(inputs[0]), {}, wanted
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
@@ -128,20 +129,20 @@ def _from_mapping(raw: Mapping[str, Any], model: nn.Module) -> tuple[tuple[Any, 
     names = [str(key) for key in raw]
     target = next((raw[n] for n in ("labels", "label", "targets", "target", "y") if n in names), None)
     if optional is None or set(names) <= {*required, *optional}:
-        known = names
+        accepted = names
     else:
-        known = [n for n in names if n in required or n in optional]
-    if set(required) <= set(known) and known:
-        return (), {n: raw[n] for n in known}, target
+        accepted = [n for n in names if n in required or n in optional]
+    if set(required) <= set(accepted) and accepted:
+        return (), {n: raw[n] for n in accepted}, target
     if len(required) == 1:
         given = [n for n in _INPUT_NAMES if n in names]
-        # One input under another name than the forward's, or a forward that takes the mapping itself.
+        # The one input has another name than in the forward, or the forward takes the mapping itself.
         return ((raw[given[0]],), {}, target) if given else ((raw,), {}, target)
     return (), dict(raw), target
 
 
 def _parameters(model: nn.Module) -> tuple[list[str], list[str] | None]:
-    """Returns the forward's required and optional parameters; None for the latter where it takes any keyword."""
+    """Return the required and the optional parameters of the forward; None for the latter if it takes any keyword."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     try:
@@ -157,5 +158,28 @@ def _parameters(model: nn.Module) -> tuple[list[str], list[str] | None]:
     return required, [p.name for p in parameters if p.default is not p.empty]
 
 
-def float_tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+def masks_of(mask: Any) -> Callable[[Batch], Tensor] | None:
+    """Return a function batch → mask for a callable or for the name of a key.
+
+    Raises:
+        UserError: `mask` is neither, no such key is in a batch, or the result is no tensor.
+    """
+    if mask is None:
+        return None
+    if not callable(mask) and not isinstance(mask, str):
+        raise UserError(
+            f"mask is a {type(mask).__name__}, diagnose(mask=…), pass a callable batch → mask or the name of a key"
+        )
+
+    def find(batch: Batch) -> Tensor:
+        if callable(mask):
+            found = mask(batch.raw)
+        elif isinstance(batch.raw, Mapping) and mask in batch.raw:
+            found = batch.raw[mask]
+        else:
+            raise UserError(f"a batch has no key {mask!r}, diagnose(mask={mask!r}), name a key of the batches' dicts")
+        if not isinstance(found, Tensor):
+            raise UserError(f"the mask is a {type(found).__name__}, diagnose(mask=…), return a bool tensor")
+        return found if found.dtype == torch.bool else found != 0
+
+    return find

@@ -44,19 +44,19 @@ class Graph:
         return [node for node in self.nodes if node.kind in kinds]
 
     def directly_normalized(self) -> Iterator[tuple[Node, Node]]:
-        """Yields (conv or linear, the batch norm right behind it) where nobody else reads the first one's result,
+        """Yield (conv or linear, the batch norm right behind it) where nobody else reads the first one's result,
         in any of its calls."""
         by_owner: dict[int, list[Node]] = {}
         for node in self.of_kind("conv", "linear"):
             by_owner.setdefault(id(node.owner), []).append(node)
         for calls in by_owner.values():
             readers = [user for node in calls for user in node.users]
-            apart = any(node.is_output or not node.users for node in calls)
-            if not apart and all(reader.kind == "batch_norm" for reader in readers):
+            escapes = any(node.is_output or not node.users for node in calls)
+            if not escapes and all(reader.kind == "batch_norm" for reader in readers):
                 yield calls[0], readers[0]
 
     def first_norms_after(self, start: Node) -> list[Node]:
-        """The batch norms that `start` reaches without passing another one."""
+        """Return the batch norms that `start` reaches without passing another one."""
         found, seen, ahead = [], {id(start)}, list(start.users)
         while ahead:
             node = ahead.pop()

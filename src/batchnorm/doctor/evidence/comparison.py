@@ -1,4 +1,4 @@
-"""The three-way evaluation: what the model answers with batch, running and recalibrated statistics."""
+"""Compares what the model answers with batch, running and recalibrated statistics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .record import tensors_in
+from ...inspect.from_run import tensors_in
 
-__all__ = ["Answers", "Comparison", "keep"]
+__all__ = ["Answers", "Comparison", "compare"]
 
-# Values of one batch's answer that are kept for the comparison, evenly spaced.
-_KEPT = 4096
+# Number of evenly spaced values of one answer that are compared.
+_SAMPLED = 4096
 
 
 @dataclass
 class Answers:
-    """One way's answers over the compared batches: sampled values, and how good they are where targets are known."""
+    """The answers with one kind of statistics: sampled values, and how good they are where targets are known."""
 
     values: list[Tensor] = field(default_factory=list)
     right: float = 0.0
@@ -28,7 +28,7 @@ class Answers:
     compared: int = 0
 
     def add(self, output: Any, target: Any) -> None:
-        self.values.append(keep(output))
+        self.values.append(_sample(output))
         tensors = [t for t in tensors_in(output) if t.is_floating_point()]
         scores = _scores(output, tensors)
         if scores is None or not isinstance(target, Tensor):
@@ -51,11 +51,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`gap` between running and batch statistics and the share `recovered` by recalibration, on one `scale`:
-    "accuracy", "squared error" or, where no target tells, "answers" (mean squared distance).
+    """How good the answers are with each kind of statistics.
 
-    `effect`: distance between running and recalibrated answers, relative to the spread of the latter. `judged`:
-    there were targets; `costs`: by them, running statistics do worse than chance explains.
+    Attributes:
+        scale: "accuracy", "squared error" or, where there are no targets, "answers" (mean squared distance).
+        batch, running, recalibrated: the values on that scale.
+        recovered: share of the gap between running and batch statistics that recalibration closes.
+        effect: distance between running and recalibrated answers, relative to the spread of the latter.
+        samples: number of compared samples.
+        judged: there were targets.
+        costs: by the targets, running statistics do worse than chance explains.
     """
 
     scale: str
@@ -70,7 +75,7 @@ class Comparison:
 
 
 def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: int) -> Comparison | None:
-    """Returns None where the answers hold nothing that could be compared."""
+    """Return the comparison; None where the answers hold nothing that can be compared."""
     pairs = [(b, r, c) for b, r, c in zip(batch.values, running.values, recalibrated.values, strict=True)]
     pairs = [(b, r, c) for b, r, c in pairs if b.shape == r.shape == c.shape and b.numel()]
     if not pairs:
@@ -90,14 +95,16 @@ def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: in
             return Comparison(scale, three[0], three[1], three[2], recovered, effect, samples, True, True)
     run, recal = float((r - b).square().mean()), float((c - b).square().mean())
     recovered = 1 - recal / run if run > 0 else 0.0
-    if run != run:  # NaN answers with running statistics, none without
+    if run != run:  # NaN with running statistics only
         recovered = 1.0 if recal == recal else 0.0
     return Comparison("answers", 0.0, run, recal, recovered, effect, samples, judged)
 
 
 def _lost(name: str, three: tuple[float, ...], samples: int) -> bool:
-    """Whether running statistics cost more than chance explains: two points and three standard errors of
-    accuracy, a tenth of the squared error."""
+    """Return whether running statistics cost more than chance explains.
+
+    The limits are two points and three standard errors of accuracy, or a tenth of the squared error.
+    """
     batch, running, _ = three
     if name == "accuracy":
         noise = 3 * (0.5 / max(1, samples)) ** 0.5
@@ -105,13 +112,13 @@ def _lost(name: str, three: tuple[float, ...], samples: int) -> bool:
     return running > 1.1 * batch
 
 
-def keep(output: Any) -> Tensor:
-    """An even sample of an answer's values, in float64."""
+def _sample(output: Any) -> Tensor:
+    """Return evenly spaced values of an answer, in float64."""
     tensors = [t.detach().reshape(-1) for t in tensors_in(output) if t.is_floating_point()]
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     flat = torch.cat([t.double() for t in tensors])
-    return flat[:: max(1, flat.numel() // _KEPT)].cpu()
+    return flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
 
 
 def _scores(output: Any, tensors: list[Tensor]) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""The instrument: a forward pass in which every batch normalization is seen, and normalizes as it is told to.
+"""`Observer`: a forward pass in which every batch normalization is measured, with statistics of the caller's choice.
 
-Layers and functional calls both end in ``batch_norm(input, …)``, which a `TorchFunctionMode` meets before torch
-does. It takes the moments, and calls on with *fixed* statistics: those of the batch, the running ones, or others.
-So no buffer moves, a single value a channel does not raise, and nothing has to be attached to the model.
+Layers and functional calls both end in ``batch_norm(input, …)``. A `TorchFunctionMode` intercepts that call, measures
+the moments, and calls the function with *fixed* statistics: those of the batch, the running ones, or others. So no
+buffer moves, one value per channel does not raise, and nothing is attached to the model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _hooks
 from torch.overrides import TorchFunctionMode
 
-from ... import functional as ours
+from ...functional import batch_norm
+from ...inspect.modules import is_norm
 from ...statistics.measured import Measured, mask_over, moments
-from .layers import Layer, is_batch_norm, model_trains, names_of_tensors
-from .record import Recorder
+from .normalizations import Layer, model_trains, names_of_tensors
+from .recorder import Recorder
 
 __all__ = ["Observer", "WrongAxis", "wrong_axis"]
 
 _TORCH_ORDER = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn")
-_SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), ours.batch_norm: inspect.signature(ours.batch_norm)}
+_SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), batch_norm: inspect.signature(batch_norm)}
 _DROPOUT = inspect.signature(F.dropout)
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 
@@ -42,16 +43,16 @@ class WrongAxis(Exception):
 
 
 def wrong_axis(layer: Layer, shape: tuple[int, ...]) -> bool:
-    """(N, L, C) given to a layer of C features, or the like of more axes: axis 1 does not fit."""
+    """Return whether the features lie on another axis than 1: (N, L, C) for a layer of C features, or more axes."""
     if len(shape) < 3 or not layer.num_features or shape[1] == layer.num_features:
         return False
     return len(shape) == 3 or layer.num_features in shape[2:]
 
 
 class Observer(TorchFunctionMode):
-    """Active during one forward after another; what it saw is in `measured`, by the layer's id.
+    """Measures one forward after another. `measured` holds the results by the id of the layer.
 
-    `statistics`: "batch", "running" or a dict of fixed moments; frozen layers keep their running ones throughout.
+    `statistics`: "batch", "running" or a dict of fixed moments. Frozen layers always use their running statistics.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
@@ -64,7 +65,6 @@ class Observer(TorchFunctionMode):
         self.compared = False  # this batch is also run with dropout on
         self.mask: Tensor | None = None
         self.recorder: Recorder | None = None
-        self.forwards = 0
         self._model = model
         self._names = {id(m): name for name, m in model.named_modules()}
         self._tensor_names = names_of_tensors(model)
@@ -82,22 +82,15 @@ class Observer(TorchFunctionMode):
 
     # --- one forward -------------------------------------------------------------------------------------
     def forward(self, call: Callable[[], Any]) -> Any:
-        """Runs one forward of the model under observation."""
+        """Run one forward of the model and measure it."""
         self._stack.clear()
         self._ordinals.clear()
         self._calls.clear()
-        self.forwards += 1
-        # Hooks on all modules, because the model's own hook tables are not ours to write to.
-        handles = [
-            _hooks.register_module_forward_pre_hook(self._enter),
-            _hooks.register_module_forward_hook(self._leave, always_call=True),
-        ]
-        try:
-            with self:
-                output = call()
-        finally:
-            for handle in handles:
-                handle.remove()
+        # Global hooks, because the hook tables of the model belong to the user.
+        before = _hooks.register_module_forward_pre_hook(self._enter)
+        after = _hooks.register_module_forward_hook(self._leave, always_call=True)
+        with before, after, self:
+            output = call()
         for key, calls in self._calls.items():
             self.measured[key].calls = max(self.measured[key].calls, calls)
         if self.recorder is not None:
@@ -111,16 +104,16 @@ class Observer(TorchFunctionMode):
             if layer is not None and args and isinstance(args[0], Tensor):
                 self._before_call = self._calls[id(layer)]
                 if getattr(module, "feature_axis", 1) == 1:
-                    self._check_axis(layer, args[0])  # before the module's own check of dimensions
+                    self._check_axis(layer, args[0])  # before the module checks the dimensions itself
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1] is not module:
             return
         self._stack.pop()
         layer = self._by_module.get(id(module))
-        if layer is None or not is_batch_norm(module) or not args or not isinstance(args[0], Tensor):
+        if layer is None or not is_norm(module) or not args or not isinstance(args[0], Tensor):
             return
-        if self._calls[id(layer)] == self._before_call:  # it normalizes by an operator of its own: only measured
+        if self._calls[id(layer)] == self._before_call:  # it normalizes by another operator: only measure it
             input = _second_axis(args[0], getattr(module, "feature_axis", 1))
             if input.dim() > 1:
                 self._calls[id(layer)] += 1
@@ -156,11 +149,11 @@ class Observer(TorchFunctionMode):
         input = _second_axis(call["input"], call.get("feature_axis", 1))
         self._calls[id(layer)] += 1
         seen = self.measured.setdefault(id(layer), Measured())
-        if not layer.num_features and is_batch_norm(layer.module):
-            layer.num_features = layer.module.num_features  # it was lazy until now
+        if not layer.num_features and layer.module is not None:  # it was lazy until now
+            layer.num_features = int(getattr(layer.module, "num_features", 0))
         self._check_axis(layer, input)
         if input.dim() < 2 or layer.num_features != input.size(1):
-            return func(*args, **kwargs)  # torch says what is wrong
+            return func(*args, **kwargs)  # torch raises and says why
         mask = mask_over(call.get("mask"), input)
         mean, var, count = moments(input, mask)
         self._measure(seen, input, mean, var, count, call.get("mask"))
@@ -191,7 +184,8 @@ class Observer(TorchFunctionMode):
         elif self.mask is not None:
             real = mask_over(self.mask, input)
             if real is None:
-                seen.misfits += int(input.size(0) != int(self.mask.sum()))  # else the padding was taken out before
+                # As many rows as real positions: the model removed the padding before this layer.
+                seen.misfits += int(input.size(0) != int(self.mask.sum()))
             else:
                 seen.real.add(*moments(input, real))
                 seen.every.add(mean, var, count)
@@ -208,31 +202,29 @@ class Observer(TorchFunctionMode):
 
     # --- which layer -------------------------------------------------------------------------------------
     def _layer(self, call: dict[str, Any]) -> Layer:
-        """The layer behind a call: by the module around it, by its tensors, or a functional one of its own."""
-        if self._stack and is_batch_norm(self._stack[-1]):
+        """Return the layer of a call: that of the module around it, that of its tensors, or a new functional one."""
+        if self._stack and is_norm(self._stack[-1]):
             return self._by_module[id(self._stack[-1])]
-        known = call.get("running_mean") if call.get("running_mean") is not None else call.get("weight")
-        if id(known) in self._by_tensor:
-            return self._by_tensor[id(known)]
+        tensor = call.get("running_mean") if call.get("running_mean") is not None else call.get("weight")
+        if id(tensor) in self._by_tensor:
+            return self._by_tensor[id(tensor)]
         scope = self._scope()
-        place = (scope, self._ordinals[scope])
+        key = (scope, self._ordinals[scope])
         self._ordinals[scope] += 1
-        if place not in self._functional:
-            layer = self._functional_layer(scope, place[1], call)
-            self._functional[place] = layer
+        if key not in self._functional:
+            layer = self._functional_layer(scope, key[1], call)
+            self._functional[key] = layer
             self.layers.append(layer)
-            for tensor in (layer.running_mean, layer.weight):
-                if tensor is not None:
-                    self._by_tensor[id(tensor)] = layer
-        return self._functional[place]
+            self._by_tensor |= {id(t): layer for t in (layer.running_mean, layer.weight) if t is not None}
+        return self._functional[key]
 
     def _functional_layer(self, scope: str, ordinal: int, call: dict[str, Any]) -> Layer:
         training = self._flags[id(self._stack[-1] if self._stack else self._model)]
         vectors = {n: call.get(n) for n in ("weight", "bias", "running_mean", "running_var")}
         named = next((self._tensor_names[id(t)] for t in vectors.values() if id(t) in self._tensor_names), None)
-        place = ".".join(part for part in (scope, "batch_norm") if part)
+        path = ".".join(part for part in (scope, "batch_norm") if part)
         return Layer(
-            name=f"{place}({named})" if named else f"{place}#{ordinal}",
+            name=f"{path}({named})" if named else f"{path}#{ordinal}",
             module=None,
             kind="functional",
             eps=float(call.get("eps", 1e-5)),
@@ -255,11 +247,11 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _with_fixed(func: Any, call: dict[str, Any], statistics: tuple[Tensor, Tensor]) -> Any:
-    """The same call as in evaluation, with these mean and variance."""
+    """Make the same call as in evaluation, with this mean and variance."""
     given = next((call[n] for n in ("running_mean", "weight") if call.get(n) is not None), call["input"])
     mean, var = (t.detach().to(given.dtype) for t in statistics)
     fixed = {**call, "running_mean": mean, "running_var": var, "training": False}
-    if func is not ours.batch_norm:
+    if func is not batch_norm:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         fixed = {name: fixed[name] for name in names if name in fixed}
         fixed["momentum"] = 0.0

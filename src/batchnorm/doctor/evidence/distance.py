@@ -1,4 +1,4 @@
-"""How far running statistics lie from the population's, and how much of that chance alone explains."""
+"""How far running statistics are from those of the population, and how much of that chance explains."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ import torch
 from torch import Tensor
 
 from ...statistics.measured import Measured
-from .layers import Layer
+from .normalizations import Layer
 
 __all__ = ["Distance", "distance"]
 
-# In standard deviations of the mean's estimate: over a hundred channels, less than one in a hundred exceeds it.
+# In standard errors. By chance, fewer than one in a hundred layers of a hundred channels exceeds it.
 _SIGMAS = 4.0
 MEAN_AWAY, MEAN_FAILS = 0.25, 1.0
 LOG2_AWAY, LOG2_FAILS = 0.5, 2.0
-# While training goes on the buffers follow weights that move, fast at first: only what this cannot explain counts.
+# During training the buffers follow weights that move, fast at first. Only what this cannot explain counts.
 _WHILE_TRAINING, _WHILE_YOUNG = (1.0, 2.0), (2.0, 4.0)
-# Below this weight, what a buffer began with no longer shows.
+# Weight of its initial value from which a buffer shows that value no longer.
 _FORGOTTEN = 0.01
 _AGES = (1, 2, 3, 5, 8, 13, 21, 34)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Largest shift of a mean in standard deviations, largest |log2| of a variance's ratio, and the shares of
-    channels beyond the warning and the failing thresholds, chance allowed for. `young`: over 1 % of the buffers is
-    still what they began with."""
+    """Distance of the running statistics of one layer from those of the population.
+
+    Attributes:
+        mean_shift: largest shift of a mean, in standard deviations.
+        log2_variance: largest |log2| of the ratio of variances.
+        away, failing: shares of the channels beyond the warning and the error thresholds, chance subtracted.
+        young: over 1 % of the buffers is still their initial value.
+    """
 
     mean_shift: float
     log2_variance: float
@@ -37,7 +42,7 @@ class Distance:
 
 
 def distance(layer: Layer, seen: Measured, model_trains: bool) -> Distance | None:
-    """Returns None where there are no statistics to compare: none tracked, none finite, none yet learned."""
+    """Return the distance; None where the statistics are not tracked, not finite, or not yet learned."""
     if not layer.tracks or layer.frozen or seen.pooled.count < 2 or (model_trains and layer.is_initial):
         return None
     assert layer.running_mean is not None
@@ -49,9 +54,9 @@ def distance(layer: Layer, seen: Measured, model_trains: bool) -> Distance | Non
         return None
     ages: tuple[float, ...] = (float("inf"),)
     if layer.num_batches_tracked is not None:
-        ages = (float(layer.num_batches_tracked) or float("inf"),)  # 0: loaded from where no counter was kept
+        ages = (float(layer.num_batches_tracked) or float("inf"),)  # 0: loaded from a state that has no counter
     elif model_trains:
-        ages = (*_AGES, *ages)  # not known: any that explains the buffers will do
+        ages = (*_AGES, *ages)  # not known: take the age that explains the buffers best
     found = [_at_age(layer, seen, mean, var, age, model_trains) for age in ages]
     return min(found, key=lambda d: (d.failing, d.away))
 
@@ -62,7 +67,7 @@ def _at_age(layer: Layer, seen: Measured, mean: Tensor, var: Tensor, age: float,
     left = (1 - layer.momentum) ** age if layer.momentum and 0 < layer.momentum < 1 else 0.0
     young = left > _FORGOTTEN
     if young and model_trains:
-        # Buffers that did not start at 0 and 1 (fine-tuning) must not come out below zero.
+        # Buffers that did not start at 0 and 1 (fine-tuning) could give a negative variance here.
         mean, var = mean / (1 - left), ((var - left) / (1 - left)).clamp(min=0.0)
     population = seen.pooled.unbiased + layer.eps
     shift = (mean - seen.pooled.mean).abs() / population.sqrt()
@@ -79,11 +84,11 @@ def _at_age(layer: Layer, seen: Measured, mean: Tensor, var: Tensor, age: float,
 
 
 def _noise(layer: Layer, seen: Measured, population: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how far mean (in σ) and variance (in log2) may be apart by chance, per channel."""
+    """Return how far mean (in σ) and variance (in log2) may differ by chance, for each channel."""
     samples = max(1.0, float(torch.tensor(seen.batch_samples).double().median()))
     values = max(2.0, float(torch.tensor(seen.batch_counts).double().median()))
     between_mean, between_var = seen.between_batches()
-    # One batch shows nothing between batches; then what independent samples would give.
+    # One batch shows no difference between batches. Then the noise is that of independent samples.
     of_means = torch.maximum(between_mean.square(), seen.samples.var / samples)
     of_vars = torch.maximum(between_var.square(), population.square() * 2 / values)
     batches = len(seen.batch_means)

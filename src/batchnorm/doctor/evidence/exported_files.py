@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,24 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...errors import UserError, quote_error
+from ...inspect.folding import FoldTarget, foldable
+from ...inspect.from_onnx import OnnxReader, nested_graphs, title_of, trains
 
-__all__ = ["FileFacts", "Normalization", "is_file", "read_file"]
+__all__ = ["FILE_TYPES", "FileEvidence", "Normalization", "is_file", "read_file"]
 
+FILE_TYPES = (".onnx", ".pt2")
 _LAYERS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm")
 _ALWAYS_TRAINING = (
     "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_with_update_functional",
 )  # fmt: skip
 # Position of the `training` argument.
 _BY_ARGUMENT = {"batch_norm": 5, "native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5}
-_ONNX_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _NEVER_TRAINING = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update")
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """One batch normalization in a file. `foldable_into`: the layer right before it that nobody else reads."""
+    """One batch normalization in a file. `foldable_into`: the layer right before it, where nothing else reads that."""
 
     name: str
     training: bool
@@ -38,20 +39,20 @@ class Normalization:
 
 
 @dataclass
-class FileFacts:
-    """`origin` is "ONNX file" or "exported program"."""
+class FileEvidence:
+    """The batch normalizations of a file. `origin` is "ONNX file" or "exported program"."""
 
     origin: str
     normalizations: list[Normalization] = field(default_factory=list)
 
 
 def is_file(model: Any) -> bool:
-    """Whether `model` is a path or an exported program and no module."""
+    """Return whether `model` is a path or an exported program."""
     return isinstance(model, (str, Path, ExportedProgram))
 
 
-def read_file(source: str | Path | ExportedProgram) -> FileFacts:
-    """Reads an exported program, a .pt2 or an .onnx file.
+def read_file(source: str | Path | ExportedProgram) -> FileEvidence:
+    """Read an exported program, a .pt2 or an .onnx file.
 
     Raises:
         UserError: no such file, a name of another kind, content that cannot be read, or onnx is not installed.
@@ -59,7 +60,7 @@ def read_file(source: str | Path | ExportedProgram) -> FileFacts:
     if isinstance(source, ExportedProgram):
         return _from_program(source)
     path = Path(source)
-    if path.suffix.lower() not in (".onnx", ".pt2"):
+    if path.suffix.lower() not in FILE_TYPES:
         raise UserError(f"neither an .onnx nor a .pt2 file, {path}, pass one of these or pkg.mod:function")
     if not path.is_file():
         raise UserError(f"no such file, {path}, correct the path")
@@ -76,20 +77,20 @@ def _load_program(path: Path) -> ExportedProgram:
 
 
 # --- torch.export ------------------------------------------------------------------------------------------
-def _from_program(program: ExportedProgram) -> FileFacts:
-    facts = FileFacts("exported program")
+def _from_program(program: ExportedProgram) -> FileEvidence:
+    held = FileEvidence("exported program")
     for node in program.graph.nodes:
         operator = _operator(node)
         training = _training(node, operator)
         if training is None or _is_instance_norm(node):
             continue
         source = node.args[0]
-        name = _module_path(node)
-        mean, var = (_tensor_of(program, argument) for argument in _statistics(node, operator))
+        arguments = _arguments(node)
+        mean, var = (_tensor_of(program, arguments.get(name)) for name in ("running_mean", "running_var"))
         folds = _operator(source) in _LAYERS and len(source.users) == 1 and not training
         into = _module_path(source) if folds else None
-        facts.normalizations.append(Normalization(name, training, operator, into, mean, var))
-    return facts
+        held.normalizations.append(Normalization(_module_path(node), training, operator, into, mean, var))
+    return held
 
 
 def _operator(node: Any) -> str:
@@ -107,23 +108,21 @@ def _training(node: Any, operator: str) -> bool | None:
         return None
     if getattr(node.target, "_overloadname", "") == "no_stats":
         return True
-    named = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    return bool(named.get("training", False))
+    return bool(_arguments(node).get("training", False))
+
+
+def _arguments(node: Any) -> dict[str, Any]:
+    return {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
 
 
 def _is_instance_norm(node: Any) -> bool:
-    """torch writes an instance normalization as the batch normalization of one sample of N·C channels."""
+    """Return whether torch wrote an instance normalization as the batch normalization of one sample of N·C channels."""
     source = node.args[0]
     before = source.args[0] if _operator(source) in ("view", "reshape", "_unsafe_view") else None
     shape, earlier = (getattr(getattr(n, "meta", {}).get("val"), "shape", None) for n in (source, before))
     if shape is None or earlier is None or len(earlier) < 3:
         return False
     return bool(shape[0] == 1 and shape[1] == earlier[0] * earlier[1] and len(shape) == len(earlier))
-
-
-def _statistics(node: Any, operator: str) -> tuple[Any, Any]:
-    named = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)}
-    return named.get("running_mean"), named.get("running_var")
 
 
 def _tensor_of(program: ExportedProgram, argument: Any) -> Tensor | None:
@@ -142,7 +141,7 @@ def _module_path(node: Any) -> str:
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------
-def _from_onnx(path: Path) -> FileFacts:
+def _from_onnx(path: Path) -> FileEvidence:
     try:
         import onnx
     except ModuleNotFoundError as error:
@@ -153,47 +152,26 @@ def _from_onnx(path: Path) -> FileFacts:
         model = onnx.load(str(path))
     except Exception as error:
         raise UserError(f"not an ONNX file ({quote_error(error)}), {path}, export the model again") from error
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    facts = FileFacts("ONNX file")
-    for graph in (model.graph, *model.functions):
-        facts.normalizations += _in_graph(graph, opset)
-    return facts
+    reader = OnnxReader(model)
+    graph = reader.read()
+    targets = dict(foldable(graph))
+    held = FileEvidence("ONNX file")
+    for call, node in reader.nodes_of.items():
+        if node.op_type == "BatchNormalization":
+            held.normalizations.append(_from_node(node, reader, targets.get(call)))
+    for _, nodes in nested_graphs(model):
+        for node in nodes:
+            if node.op_type == "BatchNormalization":
+                held.normalizations.append(_from_node(node, reader, None))
+    return held
 
 
-def _in_graph(graph: Any, opset: int) -> Iterator[Normalization]:
+def _from_node(node: Any, reader: OnnxReader, target: FoldTarget | None) -> Normalization:
     from onnx import numpy_helper
 
-    made = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
-    for output in graph.output:  # a function's outputs are plain names
-        name = getattr(output, "name", output)
-        readers[name] = readers.get(name, 0) + 1
-    weights = {w.name: w for w in getattr(graph, "initializer", [])}
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _in_graph(attribute.g, opset)
-        if node.op_type != "BatchNormalization":
-            continue
-        source = made.get(node.input[0])
-        training = _onnx_training(node, opset)
-        mean, var = (
-            torch.from_numpy(numpy_helper.to_array(weights[n]).copy()) if n in weights else None
-            for n in (*node.input[3:5], "", "")[:2]
-        )
-        into = None
-        if source is not None and source.op_type in _ONNX_LAYERS and not training and readers[node.input[0]] == 1:
-            into = source.name or source.op_type
-        yield Normalization(node.name or node.output[0], training, node.op_type, into, mean, var)
-
-
-def _onnx_training(node: Any, opset: int) -> bool:
-    attributes = {a.name: a.i for a in node.attribute}
-    if opset >= 14:
-        return bool(attributes.get("training_mode", 0))
-    if opset >= 7:  # before the attribute, more outputs than one said it
-        return len([name for name in node.output if name]) > 1
-    return not attributes.get("is_test", 0)
+    mean, var = (
+        torch.from_numpy(numpy_helper.to_array(reader.initial[name]).copy()) if name in reader.initial else None
+        for name in (*node.input[3:5], "", "")[:2]
+    )
+    into = target.layer.name if target is not None and target.layer is not None else None
+    return Normalization(title_of(node), trains(node, reader.opset), node.op_type, into, mean, var)

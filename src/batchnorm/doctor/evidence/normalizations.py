@@ -1,9 +1,9 @@
-"""The batch normalizations of a model, as they stand: modules of torch's and ours, frozen look-alikes, functional."""
+"""The batch normalizations of a model: torch's modules and ours, frozen look-alikes, and functional calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -11,19 +11,20 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from ...inspect.modules import is_norm
 from ...model_tools.freeze import is_frozen
 
-__all__ = ["Layer", "find_layers", "is_batch_norm", "model_trains", "names_of_tensors"]
+__all__ = ["Layer", "find_layers", "model_trains", "names_of_tensors"]
 
 
 @dataclass(eq=False)
 class Layer:
-    """One batch normalization. `live`: it takes batch statistics, or would when the model trains; `frozen`: it is
-    held at its running statistics on purpose."""
+    """One batch normalization. `frozen`: it is held at its running statistics on purpose. A layer that is not frozen
+    takes batch statistics, or would when the model trains."""
 
     name: str
     module: nn.Module | None
-    kind: str  # "module", "sync", "frozen" (a look-alike that never trains), "custom", "functional"
+    kind: str  # "module", "sync", "look-alike" or "functional"
     eps: float
     momentum: float | None
     weight: Tensor | None
@@ -36,18 +37,14 @@ class Layer:
     num_features: int = 0
 
     @property
-    def live(self) -> bool:
-        return not self.frozen
-
-    @property
     def tracks(self) -> bool:
-        """Running statistics exist, hold values and are of this layer's keeping."""
+        """There are running statistics, and they hold values."""
         buffers = (self.running_mean, self.running_var)
         return all(b is not None and not is_lazy(b) and b.device.type != "meta" for b in buffers)
 
     @property
     def is_initial(self) -> bool:
-        """The running statistics are what a new layer starts with: means 0, variances 1."""
+        """The running statistics are those of a new layer: means 0, variances 1."""
         if not self.tracks or self.running_mean is None or self.running_var is None:
             return False
         return bool((self.running_mean == 0).all() and (self.running_var == 1).all())
@@ -57,50 +54,49 @@ class Layer:
         return [t for t in (self.weight, self.bias) if t is not None and not is_lazy(t)]
 
     @property
-    def affine_learns(self) -> bool:
-        return any(t.requires_grad for t in self.affine)
-
-
-def is_batch_norm(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
-    """torch's, ours, their Sync and Lazy forms; an instance normalization is none, though it inherits alike."""
-    return isinstance(module, _BatchNorm) and not isinstance(module, _InstanceNorm)
+    def affine_is_held(self) -> bool:
+        """There are γ and β, and neither of them learns."""
+        return bool(self.affine) and not any(t.requires_grad for t in self.affine)
 
 
 def _is_look_alike(module: nn.Module) -> bool:
-    """A module of another family that keeps running statistics: torchvision's FrozenBatchNorm2d and its kin."""
+    """Return whether a module of another class keeps running statistics, as torchvision's FrozenBatchNorm2d does."""
     held = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
     return not isinstance(module, (_BatchNorm, _InstanceNorm)) and all(isinstance(t, Tensor) for t in held)
 
 
 def model_trains(model: nn.Module) -> bool:
-    """Whether the model is in training mode, judged by the modules that training changes: a fresh wrapper around an
-    evaluated model says `training`, and a frozen normalization says nothing about the model."""
+    """Return whether the model is in training mode.
+
+    The modules that training changes decide. A new wrapper around an evaluated model has `training=True`, and the mode
+    of a frozen normalization is not that of the model.
+    """
     flags = [
         module.training
         for module in model.modules()
-        if not is_batch_norm(module)
+        if not is_norm(module)
         and not _is_look_alike(module)
         and (isinstance(module, _DropoutNd) or any(p is not None for p in module._parameters.values()))
     ]
     if flags:
         return any(flags)
-    norms = [module.training for module in model.modules() if is_batch_norm(module)]
+    norms = [module.training for module in model.modules() if is_norm(module)]
     return any(norms) if norms else model.training
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """Returns every batch normalization module once, under its first name."""
+    """Return every batch normalization module once, under its first name."""
     trains = model_trains(model)
     others_learn = any(
         p.requires_grad
         for module in model.modules()
-        if not is_batch_norm(module)
+        if not is_norm(module)
         for p in module._parameters.values()
         if p is not None
     )
     layers = []
     for name, module in model.named_modules():
-        if is_batch_norm(module):
+        if is_norm(module):
             layers.append(_layer(name, module, trains, others_learn))
         elif _is_look_alike(module):
             layers.append(_look_alike(name, module))
@@ -122,9 +118,9 @@ def _layer(name: str, module: Any, trains: bool, others_learn: bool) -> Layer:
         training=module.training,
         num_features=module.num_features,
     )
-    held = bool(layer.affine) and not layer.affine_learns
-    deliberate = trains or (held and others_learn)
-    layer.frozen = is_frozen(module) or (not module.training and deliberate)
+    # Evaluation mode holds a layer on purpose where the rest of the model trains, or could.
+    held_in_eval = not module.training and (trains or (layer.affine_is_held and others_learn))
+    layer.frozen = is_frozen(module) or held_in_eval
     return layer
 
 
@@ -132,12 +128,11 @@ def _look_alike(name: str, module: Any) -> Layer:
     weight, bias = (
         t if isinstance(t, Tensor) else None for t in (getattr(module, n, None) for n in ("weight", "bias"))
     )
-    learns = any(isinstance(t, nn.Parameter) for t in (weight, bias))
     eps = getattr(module, "eps", 1e-5)
     return Layer(
         name=name,
         module=module,
-        kind="custom" if learns else "frozen",
+        kind="look-alike",
         eps=float(eps) if isinstance(eps, (int, float)) else 1e-5,
         momentum=None,
         weight=weight,
@@ -145,13 +140,13 @@ def _look_alike(name: str, module: Any) -> Layer:
         running_mean=module.running_mean,
         running_var=module.running_var,
         training=module.training,
-        frozen=not learns,
+        frozen=not any(isinstance(t, nn.Parameter) for t in (weight, bias)),
         num_features=module.running_mean.numel(),
     )
 
 
 def names_of_tensors(model: nn.Module) -> dict[int, str]:
-    """Dotted names of parameters and buffers, by `id`."""
+    """Return the dotted names of parameters and buffers by `id`."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names: dict[int, str] = {}
     for name, tensor in named:

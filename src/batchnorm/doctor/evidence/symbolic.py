@@ -11,9 +11,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from .graph import Graph, Node, kind_of_module
-from .layers import Layer
-from .preserve import preserved
+from ...inspect.untouched import preserved
+from .model_graph import Graph, Node, kind_of_module
+from .normalizations import Layer
 
 __all__ = ["trace_graph"]
 
@@ -26,7 +26,7 @@ _LAYER_CALLS = {
 
 
 def trace_graph(model: nn.Module, layers: list[Layer]) -> Graph:
-    """Traces the model symbolically and leaves it as it was. Parts that cannot be traced make it incomplete."""
+    """Trace the model symbolically and leave it as it was. Parts that cannot be traced make the graph incomplete."""
     by_module = {id(layer.module): layer for layer in layers}
     graph = Graph()
     # A forward may print, or keep what it sees in an attribute; neither is to be noticed.
@@ -41,13 +41,13 @@ def _trace(module: nn.Module, prefix: str, layers: dict[int, Layer], graph: Grap
     try:
         traced = fx.Tracer().trace(module)
     except Exception:  # a forward may do anything with a proxy
-        whole = False
+        complete = False
         for name, child in module.named_children():
             _trace(child, f"{prefix}{name}.", layers, graph)
     else:
         _convert(traced, module, prefix, layers, graph)
-        whole = True
-    return whole
+        complete = True
+    return complete
 
 
 def _convert(traced: fx.Graph, root: nn.Module, prefix: str, layers: dict[int, Layer], graph: Graph) -> None:

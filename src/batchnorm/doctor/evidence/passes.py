@@ -1,6 +1,6 @@
-"""The passes over the batches: one with batch statistics that measures, some with dropout on, two that compare.
+"""The passes over the batches: one measures with batch statistics, some run with dropout, two compare statistics.
 
-Together they call the model at most three times a batch, training steps included.
+Together they call the model at most three times for each batch, training steps included.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError, quote_error
+from ...inspect.untouched import preserved
 from ...statistics.measured import Measured
-from .batches import Batch
-from .compare import Answers, Comparison, compare
+from .comparison import Answers, Comparison, compare
 from .distance import Distance, distance
-from .graph import Graph
-from .layers import Layer, model_trains, names_of_tensors
-from .observe import Moments, Observer, WrongAxis
-from .preserve import preserved
-from .record import Recorder
+from .input_batches import Batch
+from .model_graph import Graph
+from .normalizations import Layer, model_trains, names_of_tensors
+from .observer import Moments, Observer, WrongAxis
+from .recorder import Recorder
 
 __all__ = ["SAMPLES_NEEDED", "Measurements", "measure"]
 
@@ -30,7 +30,7 @@ _DROPOUT_BATCHES = 8
 
 @dataclass
 class Measurements:
-    """`layers` include the functional ones; `measured` and `distances` are by the layer's id."""
+    """What the passes measured. `layers` has the functional ones too; both dicts are by the id of the layer."""
 
     layers: list[Layer]
     graph: Graph
@@ -40,10 +40,6 @@ class Measurements:
     wrong_axis: WrongAxis | None = None
     batches: int = 0
     samples: int = 0
-
-    def of(self, layer: Layer) -> Measured | None:
-        """What was measured at a layer; None when no forward called it."""
-        return self.measured.get(id(layer))
 
 
 def measure(
@@ -56,7 +52,7 @@ def measure(
     try_dropout: bool,
     spent: int = 0,
 ) -> Measurements:
-    """Runs the passes and leaves the model as it was; `spent` forwards were used before.
+    """Run the passes and leave the model as it was. `spent` is the number of forwards that were used before.
 
     Raises:
         UserError: the forward raises for any other reason than the feature axis.
@@ -108,7 +104,7 @@ class _Passes:
         self._compare(compared)
 
     def _first(self, batch: Batch) -> None:
-        """Lets the recorder follow the first batch; it is measured here and not run again."""
+        """Run the first batch under the recorder. It is measured here and not run again."""
         self.observer.compared = True
         self._kept_output = self._run(batch, 0)
 
@@ -134,7 +130,7 @@ class _Passes:
     def _batches_to_compare(self, wanted: bool, left: int) -> int:
         if not wanted or self.result.samples < SAMPLES_NEEDED:
             return 0
-        # Of a single batch the recalibrated answers are those with its own statistics: one pass fewer.
+        # With one batch, recalibrated statistics are those of the batch. So one pass is enough.
         return min(1, left) if len(self.batches) == 1 else max(0, min(len(self.batches), left // 2))
 
     def _with_dropout(self, batches: int) -> None:
@@ -144,7 +140,7 @@ class _Passes:
         self.observer.dropout = False
 
     def _compare(self, batches: int) -> None:
-        """Compares three ways, where some layer's statistics are away at all."""
+        """Compare the three statistics, where those of some layer are away."""
         if not self.result.samples >= SAMPLES_NEEDED:
             return
         recalibrated: Moments = {}
