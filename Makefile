@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Kernels, tests and studies run one process a core; more threads than cores only get in each other's way.
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+CXX_FILES := $(wildcard src/batchnorm/csrc/*/*.h src/batchnorm/csrc/*/*.cpp tests/csrc/*.cpp benchmarks/*.cpp)
 
 .PHONY: sanitize setup study figure test test-all lint format clean
 
@@ -39,11 +40,14 @@ sanitize:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --builtin en-GB_to_en-US --dictionary - --dictionary scripts/words.txt $$(git ls-files '*.py' '*.md' '*.cpp' '*.h' '*.toml' '*.sh')
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info src/batchnorm/*.so

@@ -19,8 +19,8 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from batchnorm.experiment.intervals import CensoredSample, Sample, censored_difference, welch  # noqa: E402  # after the path
-from batchnorm.experiment.selection import choose_fastest, choose_rates, choose_settings  # noqa: E402  # after the path
+from batchnorm.experiment.analysis.intervals import CensoredSample, Sample, censored_difference, welch  # noqa: E402  # after the path
+from batchnorm.experiment.design.selection import choose_fastest, choose_rates, choose_settings  # noqa: E402  # after the path
 from tests.experiment import simulated_study as drawn  # noqa: E402  # after the path
 
 SEEDS = (2, 4, 8)

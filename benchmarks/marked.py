@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from batchnorm.experiment.provenance import library_commit
+from batchnorm.experiment.output.provenance import library_commit
 
 
 def write_part(page: Path, name: str, text: str) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.bench.timing import Timing, interleaved, machine
+from batchnorm.inspect.modules import is_norm
 from batchnorm.model_tools import convert, fold, fuse
-from batchnorm.model_tools.kinds import is_norm
 from batchnorm.model_tools.replace import replace
 
 from .model_tools_check import LIMIT, differences

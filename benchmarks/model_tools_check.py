@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.inspect.modules import is_norm
 from batchnorm.model_tools import convert, fold, fuse, revert
-from batchnorm.model_tools.kinds import is_norm
 
 __all__ = ["LIMIT", "differences"]
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import ray
 
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import open_engine
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Run, make_plan
-from batchnorm.experiment.record import Record
-from batchnorm.experiment.train import train
+from batchnorm.experiment.data.dataset import Dataset
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.engines.choice import open_engine
+from batchnorm.experiment.output.study_folder import Record
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.runs import Run
+from batchnorm.experiment.training.train import train
 from benchmarks.marked import made_by, write_part
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"

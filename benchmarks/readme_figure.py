@@ -22,8 +22,8 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from batchnorm.experiment.report import figures, layers
-from batchnorm.experiment.report.evidence import Evidence, Trace
+from batchnorm.experiment.report import figures, inside_network
+from batchnorm.experiment.report.evidence import StudyEvidence, Trace
 from batchnorm.experiment.report.page import asset, json_for_script
 
 WIDTH, HEIGHT, SCALE, COLORS = 900, 720, 2, 96
@@ -65,17 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_study(folder: Path) -> Evidence:
+def read_study(folder: Path) -> StudyEvidence:
     def trace(run_id: str) -> Trace:
         return json.loads((folder / "traces" / f"{run_id}.json").read_text(encoding="utf-8"))
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Evidence(summary, pd.read_csv(folder / "runs.csv"), trace)
+    return StudyEvidence(summary, pd.read_csv(folder / "runs.csv"), trace)
 
 
-def page(evidence: Evidence) -> str | None:
+def page(evidence: StudyEvidence) -> str | None:
     """The picture as a page; None where the study has nothing to draw."""
-    accuracy, fans = figures.accuracy(evidence), layers.fans(evidence)
+    accuracy, fans = figures.accuracy(evidence), inside_network.fans(evidence)
     if accuracy is None or not fans:
         return None
     fans = [fans[0], fans[-1]] if len(fans) > 1 else fans

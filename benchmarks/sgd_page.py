@@ -21,7 +21,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from readme_figure import BROWSERS, WIDTH, photograph, read_study
 
-from batchnorm.experiment.report import factors, figures
+from batchnorm.experiment.report import factor_section, figures
 from batchnorm.experiment.report.page import asset, json_for_script
 from batchnorm.experiment.report.style import arm_color, arm_dash, arm_mark
 from batchnorm.experiment.report.tables import Table
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", type=Path, help="folder of a finished study with both factors")
     evidence = read_study(parser.parse_args(arguments).study)
     summary = evidence.summary
-    parts = {part.factor: part for part in factors.parts(evidence)}
+    parts = {part.factor: part for part in factor_section.parts(evidence)}
     if set(parts) != {"batch_size", "optimizer"}:
         sys.exit("sgd_page: not both factors, give a study made with several --batch-size and several --optimizer")
     pair = (summary["baseline"], summary["compared"])

@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import execute, fresh_workers, shared_data
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import make_plan
-from batchnorm.experiment.record import Record
-from batchnorm.experiment.train import train
+from batchnorm.experiment.data.dataset import Dataset
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.engines.local import execute, fresh_workers, shared_data
+from batchnorm.experiment.output.study_folder import Record
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "streaming.md"
 MARKS = ("<!-- memory:begin -->", "<!-- memory:end -->")

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.engine import open_engine
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.plan import Run, make_plan
-from batchnorm.experiment.provenance import library_commit
-from batchnorm.experiment.record import Record
-from batchnorm.experiment.train import train
+from batchnorm.experiment.data.dataset import Dataset
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.design.plan import make_plan
+from batchnorm.experiment.engines.choice import open_engine
+from batchnorm.experiment.output.provenance import library_commit
+from batchnorm.experiment.output.study_folder import Record
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.runs import Run
+from batchnorm.experiment.training.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "study-throughput.md"
 Results = dict[str, tuple[float, float]]

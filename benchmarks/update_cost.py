@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from sgd_page import PAGE, cost_picture, write_block
 
-from batchnorm.experiment.data import Dataset, load
-from batchnorm.experiment.networks import Architecture
-from batchnorm.experiment.provenance import library_commit
-from batchnorm.experiment.train import make_optimizer, update
+from batchnorm.experiment.data.dataset import Dataset
+from batchnorm.experiment.data.opening import load
+from batchnorm.experiment.output.provenance import library_commit
+from batchnorm.experiment.training.networks import Architecture
+from batchnorm.experiment.training.optimizers import make_optimizer
+from batchnorm.experiment.training.train import update
 
 FACTORS = (1, 4, 16, 64)
 ARMS = ("none", "batch")

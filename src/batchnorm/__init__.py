@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional, registrations  # noqa: F401  # enters our layers in the tables of torch.ao
 from ._version import __version__
 from .domains import use_domain
+from .errors import UserError
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .moments import Renorm, lengths_to_mask
 from .norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
@@ -55,6 +56,7 @@ __all__ = [
     "BatchNormAct3d",
     "Monitor",
     "Renorm",
+    "UserError",
     "__version__",
     "convert",
     "copy_statistics",

@@ -18,7 +18,7 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line on `arguments` (None = the process's own) and returns the exit code."""
+    """Run the command line on `arguments` (None = the process's own) and returns the exit code."""
     try:
         return _invoke(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -60,7 +60,7 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:
-    """Returns the line for a library that an extra brings; a missing module of ours is a bug and stays itself."""
+    """Return the line for a library that an extra brings; a missing module of ours is a bug and stays itself."""
     package = (error.name or "").partition(".")[0]
     if package in ("", "batchnorm"):
         return error

@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .commands_doctor import doctor
+from .experiment.training.arms import ARMS
 
 if TYPE_CHECKING:
     from .experiment.study import StudyResult
@@ -48,10 +49,7 @@ def study(
     model: Annotated[str, typer.Option(help="mlp, cnn or pkg.mod:function, which returns a Module.")] = "mlp",
     arms: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated, the last is compared with the first: none, batch, batch_no_affine, ghost, "
-            "renorm, layer, group, instance."
-        ),
+        typer.Option(help=f"Comma-separated, the last is compared with the first: {', '.join(ARMS)}."),
     ] = "none,batch",
     out: Annotated[str, typer.Option(help="Folder for report.html, runs.csv and summary.json.")] = "study",
     seeds: Annotated[
@@ -88,7 +86,7 @@ def study(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout and nothing else.")] = False,
 ) -> None:
-    """Measures what batch normalization does to a network: trains it with and without, over grids of learning
+    """Measure what batch normalization does to a network: train it with and without, over grids of learning
     rate, weight decay and dropout with several seeds each, and compares. Writes report.html, runs.csv and
     summary.json into --out.
     """
@@ -120,7 +118,7 @@ def study(
 
 
 def _show_claims(result: StudyResult) -> None:
-    """Prints the table of the claims, then the three files, a line each and never wrapped."""
+    """Print the table of the claims, then the three files, a line each and never wrapped."""
     from rich.console import Console
     from rich.table import Table
 
@@ -134,7 +132,7 @@ def _show_claims(result: StudyResult) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if "factors" in summary:
-        from .experiment.report.factors import cell_tables, impossible_words
+        from .experiment.report.factor_section import cell_tables, impossible_words
 
         for found in cell_tables(summary["factors"]):
             shown = Table(*found.head, title=found.caption, title_justify="left")
@@ -170,7 +168,7 @@ def bench_command(
         bool, typer.Option("--json", help="Print the result to stdout as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Measures the layers on this machine: forward and backward, against torch eager and against a copy.
+    """Measure the layers on this machine: forward and backward, against torch eager and against a copy.
 
     With --device cuda also against torch without cuDNN and torch.compile, in the device's own time.
     """

@@ -23,7 +23,7 @@ class KeywordError(UserError, TypeError):
 
 
 def quote_error(error: BaseException, limit: int = 200) -> str:
-    """Returns another exception's type and message in at most `limit` characters, for use inside a sentence."""
+    """Return another exception's type and message in at most `limit` characters, for use inside a sentence."""
     message = _UNPRINTABLE.sub(" ", str(error)).strip()
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -14,7 +14,7 @@ __all__ = ["find_factory"]
 
 
 def find_factory(name: str, option: str = "--model", built_in: Sequence[str] = ()) -> Callable[..., Any]:
-    """Returns the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
+    """Return the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
     what the user gave the name to and `built_in` the names that need no module, for the messages.
 
     Raises:

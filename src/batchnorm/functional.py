@@ -147,5 +147,5 @@ def batch_norm_pure(
     out = out if axis == 1 else out.movedim(1, axis)
     if moments is None:
         return out, buffers
-    moved = fused.moved(*buffers, *moments, momentum, chosen.nonfinite == "skip")
-    return out, Buffers(*cast(tuple[Tensor, Tensor, Tensor], moved))
+    updated = fused.updated_buffers(*buffers, *moments, momentum, chosen.nonfinite == "skip")
+    return out, Buffers(*cast(tuple[Tensor, Tensor, Tensor], updated))
