@@ -1,4 +1,4 @@
-"""Floor 7: the command line's entry and exit codes. The arguments are in `commands`, the work on the floors below.
+"""The command line's entry and exit codes. The arguments are in `commands`, the work on the floors below.
 
 0 = fine, 1 = findings or a failed comparison, 2 = the user's mistake, one line on stderr; 130 = Ctrl-C.
 """

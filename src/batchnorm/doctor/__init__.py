@@ -1,4 +1,4 @@
-"""Floor 6: names what is wrong with batch normalization in a model, and repairs it."""
+"""Names what is wrong with batch normalization in a model, and repairs it."""
 
 from .diagnosis import Diagnosis, Finding
 from .examine import diagnose

@@ -1,4 +1,4 @@
-"""Floor 5: tools that change a model someone else wrote, or take its batch normalization out for deployment."""
+"""Tools that change a model someone else wrote, or take its batch normalization out for deployment."""
 
 from .convert import convert, revert
 from .fold import Fold, Folded, FoldReport, fold
