@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def lift(gm: fx.GraphModule) -> None:
             continue
         arguments = _arguments(node)
         owner = _owner(arguments)
-        if not owner:
+        if not owner or any(read.args[1] != 0 for read in _reads(node)):
             continue
         settings = (node.target, *[value for name, value in arguments.items() if name != "input"])
         if owner not in lifted:
@@ -39,14 +40,33 @@ def lift(gm: fx.GraphModule) -> None:
         if lifted[owner] == settings:  # else another operation on the same parameters: it stays, and is seen to share
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_module(owner, (arguments["input"],))
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
+            new.meta = dict(node.meta) | {"val": _result(node)}
+            for read in _reads(node):
+                read.replace_all_uses_with(new)
+                gm.graph.erase_node(read)
+            if not isinstance(node.meta["val"], tuple | list):
+                node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
+
+
+def _result(node: fx.Node) -> Any:
+    """What the node gives: of a decomposed normalization, which gives its statistics too, the normalized tensor."""
+    value = node.meta.get("val")
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read one of several results, where there are several and something reads them."""
+    several = isinstance(node.meta.get("val"), tuple | list)
+    reads = [user for user in node.users if user.target is operator.getitem] if several else []
+    for unread in [read for read in reads if not read.users]:
+        node.graph.erase_node(unread)
+    return [read for read in reads if read in node.users]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -91,8 +111,9 @@ def _module(gm: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> nn.Module |
 def _empty(node: fx.Node, a: dict[str, Any], held: dict[str, Any]) -> Any:
     weight, bias = held["weight"], held["bias"] is not None
     op = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]  # an OpOverload, as lift checked
-    if op == "batch_norm" and not a["training"] and held["running_mean"] is not None:
-        kind = _NORMS.get(node.meta["val"].dim())
+    evaluating = op == "_native_batch_norm_legit_no_training" or (op == "batch_norm" and not a["training"])
+    if evaluating and held["running_mean"] is not None:
+        kind = _NORMS.get(_result(node).dim())
         module = kind and kind(held["running_mean"].numel(), a["eps"], affine=False)
         if module is not None:
             module.num_batches_tracked = None
@@ -102,6 +123,8 @@ def _empty(node: fx.Node, a: dict[str, Any], held: dict[str, Any]) -> Any:
     if op == "linear":
         return nn.Linear(weight.shape[1], weight.shape[0], bias)
     kernel, groups = tuple(weight.shape[2:]), a.get("groups")
+    if op == "convolution":
+        op = f"conv{'_transpose' if a['transposed'] else ''}{len(kernel)}d"
     if op in _CONVS:
         form = (a["stride"], a["padding"], a["dilation"], groups, bias)
         return _CONVS[op](weight.shape[1] * groups, weight.shape[0], kernel, *map(_tuple, form))

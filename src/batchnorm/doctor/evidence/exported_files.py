@@ -12,12 +12,13 @@ from torch.export import ExportedProgram
 
 from ...errors import UserError, quote_error
 from ...inspect.folding import FoldTarget, foldable
+from ...inspect.from_export import Unreadable, graph_of_export
 from ...inspect.from_onnx import OnnxReader, nested_graphs, title_of, trains
+from ...model_tools.fold_graph import lift
 
 __all__ = ["FILE_TYPES", "FileEvidence", "Normalization", "is_file", "read_file"]
 
 FILE_TYPES = (".onnx", ".pt2")
-_LAYERS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm")
 _ALWAYS_TRAINING = (
     "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_with_update_functional",
 )  # fmt: skip
@@ -79,18 +80,32 @@ def _load_program(path: Path) -> ExportedProgram:
 # --- torch.export ------------------------------------------------------------------------------------------
 def _from_program(program: ExportedProgram) -> FileEvidence:
     held = FileEvidence("exported program")
+    targets = _fold_targets(program)
     for node in program.graph.nodes:
         operator = _operator(node)
         training = _training(node, operator)
         if training is None or _is_instance_norm(node):
             continue
-        source = node.args[0]
+        name = _module_path(node)
         arguments = _arguments(node)
         mean, var = (_tensor_of(program, arguments.get(name)) for name in ("running_mean", "running_var"))
-        folds = _operator(source) in _LAYERS and len(source.users) == 1 and not training
-        into = _module_path(source) if folds else None
-        held.normalizations.append(Normalization(_module_path(node), training, operator, into, mean, var))
+        into = None if training else targets.get(name)
+        held.normalizations.append(Normalization(name, training, operator, into, mean, var))
     return held
+
+
+def _fold_targets(program: ExportedProgram) -> dict[str, str]:
+    """The layer that each normalization of the program can be folded into, by name, as `fold` decides it."""
+    if program.example_inputs is None:
+        return {}
+    module: Any = program.module()
+    lift(module)
+    args, kwargs = program.example_inputs
+    try:
+        graph = graph_of_export(module, kwargs or args)
+    except Unreadable:
+        return {}
+    return {norm.name: target.layer.name for norm, target in foldable(graph) if target.layer is not None}
 
 
 def _operator(node: Any) -> str:
