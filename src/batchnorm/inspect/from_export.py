@@ -142,7 +142,6 @@ class _Reader:
     # --- edges -------------------------------------------------------------------------------------
     def _connect(self, call: GraphNode) -> None:
         given, end = self._given(call), self.ends[call]
-        call.tensors = len(given)
         call.output = _geometry(end)
         if not given:
             return

@@ -80,7 +80,7 @@ class _RunRecorder(TorchDispatchMode):
         if is_layer(module) or is_norm(module):
             inputs = tensors_in((args, kwargs))
             call = GraphNode(self._names[module], Effect.LAYER if is_layer(module) else Effect.NORM, module)
-            call.is_call, call.tensors = True, len(inputs)
+            call.is_call = True
             if inputs:
                 call.input = Geometry.of(inputs[0])
                 call.source = self._results.get(_key(inputs[0]))

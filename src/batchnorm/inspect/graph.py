@@ -46,8 +46,7 @@ class GraphNode:
     module: nn.Module | None = None  # None: an operator, or a layer that is called as a function
     inputs: list[GraphNode] = field(default_factory=list)  # whose values it was computed from, each once
     users: list[GraphNode] = field(default_factory=list)
-    tensors: int = 0  # how many tensors the call was given
-    input: Geometry | None = None  # of the first of them
+    input: Geometry | None = None  # of the first tensor that the call was given
     output: Geometry | None = None
     source: GraphNode | None = None  # the call whose result is the first tensor, itself or a view of it, unchanged
     aligned: bool = False  # the channels of the source's result are those of the input
