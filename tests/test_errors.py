@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNormAct2d
 from batchnorm.functional import batch_norm
 
 
@@ -27,6 +27,12 @@ AS_TORCH = {
     "double input, float buffers": lambda f: f(x(dtype=torch.float64), torch.zeros(3), torch.ones(3)),
     "float input, half buffers": lambda f: f(x(), torch.zeros(3).half(), torch.ones(3).half()),
     "gradient through a buffer": lambda f: f(x(), torch.zeros(3, requires_grad=True), torch.ones(3), training=True),
+    "a number": lambda f: f(1.0, torch.zeros(3), torch.ones(3)),
+    "an array": lambda f: f(x().numpy(), torch.zeros(3), torch.ones(3)),
+    "no axis in evaluation": lambda f: f(torch.tensor(1.0), torch.zeros(3), torch.ones(3)),
+    "no axis in training": lambda f: f(torch.tensor(1.0), None, None, training=True),
+    "sparse, evaluation": lambda f: f(x().to_sparse(), torch.zeros(3), torch.ones(3)),
+    "sparse, training": lambda f: f(x().to_sparse(), None, None, training=True),
     "vector input": lambda f: f(x(3), torch.zeros(3), torch.ones(3)),
     "input on another device": lambda f: f(x(device="meta"), torch.zeros(3), torch.ones(3)),
 }
@@ -93,3 +99,44 @@ def test_a_buffer_that_overlaps_itself_is_refused():
     with pytest.raises(RuntimeError, match="single memory location"):
         batch_norm(x(), mean, var, training=True)
     assert torch.equal(var, torch.ones(3))
+
+
+def test_a_layer_is_named_by_its_path():
+    net = torch.nn.Sequential(torch.nn.Sequential(BatchNorm1d(3)), BatchNormAct1d(3, "relu"))
+    with pytest.raises(RuntimeError, match=r"^0\.0 \(BatchNorm1d\(3\)\): running_mean should contain 5"):
+        net(x(4, 5))
+    with pytest.raises(ValueError, match=r"^1\.norm \(BatchNorm1d\(3\)\): Expected more than 1 value"):
+        net[1](x(1, 3))
+
+
+def test_evaluation_without_running_statistics_is_called_so():
+    layer = BatchNorm1d(4, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match="keeps no running statistics and normalizes by the batch in eval"):
+        layer(x(1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_nested_tensors_are_told_to_be_padded(layout, training):
+    nested = torch.nested.nested_tensor([x(2, 3), x(4, 3)], layout=layout)
+    with pytest.raises(NotImplementedError, match="pad it with"):
+        BatchNorm1d(3).train(training)(nested)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_tensor_in_mkldnn_layout(training, residual):
+    """Torch takes and gives it, with its gradient."""
+    ours, theirs = BatchNormAct2d(3, "relu").train(training), torch.nn.BatchNorm2d(3).train(training)
+    values, g = x(4, 3, 5, 5), x(4, 3, 5, 5)
+    mine, other = values.clone().requires_grad_(), values.clone().requires_grad_()
+    added = values.to_mkldnn() if residual else None
+    out = ours(mine.to_mkldnn(), added)
+    want = (theirs(other) + (values if residual else 0)).relu()
+    assert out.layout is torch._mkldnn
+    torch.testing.assert_close(out.to_dense(), want)
+    out.to_dense().backward(g)
+    want.backward(g)
+    torch.testing.assert_close(mine.grad, other.grad)
+    torch.testing.assert_close(ours.norm.state_dict(), theirs.state_dict())

@@ -16,7 +16,9 @@ recompute     forward · nobody                stats → source → apply · nob
 - *running*: evaluation and frozen layers; nothing is moved.
 - *transformed*: vmap, jacrev and forward mode have rules for torch's operators alone; an exported or traced program
   runs where this package is not installed. What ``F.batch_norm`` does not have (a mask, slices, a skipped batch, an
-  average over all batches) is the reference, which is made of torch's operators, and the update written out.
+  average over all batches) is the reference, which is made of torch's operators, and the update written out. Where
+  derivatives nest, the output is the reference's too: torch's derivatives of its batch normalization take the saved
+  statistics for constants, so forward over forward and third derivatives are wrong.
 - *recompute*: activation checkpointing runs a forward again inside a backward; its batch was counted already. A
   compiled graph cannot know that: the operator ``update_running_once_`` asks when it runs.
 - A layer with ``accumulation_steps``, ``renorm`` or ``nonfinite="skip"`` asks for its cell without the update
@@ -128,10 +130,13 @@ def recomputing() -> bool:
 
 def run(call: Call) -> Tensor:
     """The call, and the update of its buffers, by the table."""
+    if call.input.layout is torch._mkldnn:
+        return _through_dense(call)
     validation.check_momentum(call.momentum, call.batch_statistics, call.running_mean, call.num_batches_tracked)
     where = where_we_run()
     if where is Where.TRANSFORMED and _torch_has(call):
-        return _through_torch(call)
+        out = _through_torch(call)
+        return normalize(call)[0] if call.batch_statistics and _derivatives_nest() else out
     composed = call.renorm is not None or call.process_group is not None or call.running_mean is None
     if where is Where.EAGER and call.batch_statistics and not composed and call.input.dim() > 1:
         return _with_update(call)
@@ -140,6 +145,13 @@ def run(call: Call) -> Tensor:
         buffers = (call.running_mean, call.running_var, call.num_batches_tracked)
         move(*buffers, moments, call.momentum, call.skip_nonfinite)
     return out
+
+
+def _through_dense(call: Call) -> Tensor:
+    """oneDNN's layout has no strides that a kernel could follow: a dense copy goes in, and the result goes back."""
+    input, residual = call.input.to_dense(), call.residual
+    residual = residual if residual is None or residual.layout is torch.strided else residual.to_dense()
+    return run(call._replace(input=input, residual=residual)).to_mkldnn()
 
 
 def _with_update(call: Call) -> Tensor:
@@ -184,7 +196,10 @@ def normalize(call: Call) -> tuple[Tensor, Moments | None]:
     if group is None and against is None:
         out, *moments = BatchStatistics.apply(*tensors, *call.form)
         return out, tuple(moments)
-    return sourced_batch_norm(*tensors, call.form, group, against)
+    out, moments = sourced_batch_norm(*tensors, call.form, group, against)
+    if group is not None and real is None:
+        validation.check_shared_count(moments[2])
+    return out, moments
 
 
 def _with_running(call: Call, real: Tensor | None) -> Tensor:
@@ -208,6 +223,16 @@ def _torch_has(call: Call) -> bool:
         return False
     # with momentum=None a factor of 1/num_batches_tracked would have to be read on the host
     return not call.skip_nonfinite and (call.momentum is not None or call.running_mean is None)
+
+
+def _derivatives_nest() -> bool:
+    """Whether torch's own derivative of the call may be differentiated in a way that it is not right for.
+
+    One reverse mode is: its second derivative by autograd is right. One forward mode is not: autograd may stand outside.
+    """
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    reverse = sum(one.key() == torch._C._functorch.TransformType.Grad for one in interpreters)
+    return forward_ad._current_level >= 0 or reverse > 1
 
 
 def _through_torch(call: Call) -> Tensor:

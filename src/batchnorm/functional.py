@@ -79,7 +79,8 @@ def batch_norm(
         ValueError: one value a channel in training; an eps, activation, residual, mask, slice or group that cannot
             be; one buffer without the other.
         RuntimeError: a vector of the wrong size, dtype or device; evaluation without buffers.
-        NotImplementedError: an input that is not floating point.
+        TypeError: the input is no tensor.
+        NotImplementedError: an input that is not floating point, or sparse or nested.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2; docs/derivation.md and
     docs/variants/.
@@ -87,11 +88,13 @@ def batch_norm(
     tensors = (input, running_mean, running_var, weight, bias, residual)
     # an export looks at what is inside: it must see torch's own operators
     if has_torch_function(tensors) and not torch.compiler.is_exporting():
+        validation.check_not_nested(input)
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
             activation=activation, residual=residual, mask=mask, negative_slope=negative_slope,
             num_batches_tracked=num_batches_tracked, inplace=inplace, **options,
         )  # fmt: skip
+    validation.check_tensor(input)
     validation.check_activation(activation)
     chosen = make_options("batch_norm", options, allowed=CALL_OPTIONS) if options else DEFAULTS
     if chosen.feature_axis != 1:
@@ -134,6 +137,7 @@ def batch_norm_pure(
     For `torch.func`: under ``vmap`` each member gets buffers of its own; ``jacrev`` and ``functional_call`` see a
     function. All other keywords are those of `batch_norm`; shapes, errors and formula too.
     """
+    validation.check_tensor(input)
     validation.check_activation(activation)
     chosen: Options = make_options("batch_norm_pure", options, allowed=CALL_OPTIONS)
     axis = chosen.feature_axis

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
 from .domains import by_sample, check_domain
 from .execution import (
@@ -28,6 +29,7 @@ from .running_stats import COMPILED_INSIDE_CHECKPOINT, Memory, SeenCall
 
 __all__ = ["run_layer"]
 
+_REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -63,12 +65,22 @@ def run_layer(
             return out
     remembers = domain is not None or options.domains is not None or options.remembers
     run = _run_domains if remembers else _run_plainly
-    if options.process_group is None:
-        return run(layer, input, residual, mask, domain, activation, negative_slope, inplace)
     try:
         return run(layer, input, residual, mask, domain, activation, negative_slope, inplace)
-    except RuntimeError as error:  # of all ranks one fails first: say in which layer
-        raise RuntimeError(f"{full_name(layer)}: synchronized batch norm failed: {error}") from error
+    except Exception as error:
+        kind = RuntimeError if isinstance(error, DistError) else type(error)
+        if kind not in _REFUSALS:  # a compiler's own, which means something to it
+            raise
+        raise kind(f"{full_name(layer)}: {_circumstance(layer, error)}{error}") from error
+
+
+def _circumstance(layer: Any, error: Exception) -> str:
+    """What the layer knows beside the operators' own message."""
+    if layer.options.process_group is not None and isinstance(error, RuntimeError):
+        return "synchronized batch norm failed: "  # of all ranks one fails first
+    if not layer.training and layer.uses_batch_statistics():
+        return "it keeps no running statistics and normalizes by the batch in eval() too: "
+    return ""
 
 
 def _run_plainly(

@@ -8,12 +8,19 @@ from torch import Tensor
 from .ops import ACTIVATIONS
 from .options import check_ghost_batch_size
 
+ONE_VALUE = "Expected more than 1 value per channel when training"
+ONE_VALUE_ADVICE = (
+    "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval() with running statistics"
+)
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
 
 
 def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int | None, synchronized: bool) -> None:
-    """The input's dtype, dimensions and number of values a channel, and eps."""
+    """The input's layout, dtype, dimensions and number of values a channel, and eps."""
+    check_not_nested(input)
+    if input.layout is not torch.strided:
+        raise NotImplementedError(f'"batch_norm" not implemented for {input.layout}, use input.to_dense()')
     if input.dtype not in _FLOATING:
         first = (
             "run batchnorm.revert(model) before it is quantized: quantization knows torch's own layers"
@@ -23,7 +30,8 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
         raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}, {first}')
     size = input.shape
     if len(size) < 2:
-        raise RuntimeError(f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}")
+        # as torch's, which looks at the size of the first axis in training alone
+        raise (IndexError if training and not size else RuntimeError)(f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}")
     if eps < 0.0 or (training and eps == 0.0):
         kind = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")
@@ -35,10 +43,30 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
         samples = min(samples, ghost_batch_size)
     # other ranks may hold the values that this one lacks
     if samples == 1 and not synchronized and input.numel() == size[0] * size[1] != 0:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {size}: "
-            "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval()"
+        raise ValueError(f"{ONE_VALUE}, got input size {size}: {ONE_VALUE_ADVICE}")
+
+
+
+
+def check_tensor(input: object) -> None:
+    """Torch's error for what is no tensor."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"batch_norm(): argument 'input' (position 1) must be Tensor, not {torch.typename(input)}")
+
+
+def check_not_nested(input: object) -> None:
+    """A nested tensor has no number of positions that all its samples share."""
+    if getattr(input, "is_nested", False):
+        raise NotImplementedError(
+            '"batch_norm" not implemented for nested tensors, pad it with torch.nested.to_padded_tensor and give the '
+            "valid positions as mask"
         )
+
+
+def check_shared_count(count: Tensor) -> None:
+    """The number of values a channel of all ranks together; on a GPU it is not looked at, which would wait for it."""
+    if count.device.type == "cpu" and not torch.compiler.is_compiling() and bool((count == 1).any()):
+        raise ValueError(f"{ONE_VALUE}, got one in all ranks together: {ONE_VALUE_ADVICE}")
 
 
 def check_vectors(

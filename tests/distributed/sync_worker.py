@@ -231,6 +231,16 @@ def check_subgroups(world):
         BatchNorm1d(3, process_group=other)
 
 
+def check_one_value_in_all(world):
+    """All ranks see the same total, so all refuse, and none waits for another."""
+    sizes = [1] + [0] * (world - 1)
+    layer = BatchNorm1d(3, process_group="world")
+    with pytest.raises(ValueError, match="one in all ranks together"):
+        layer(torch.randn(sizes[dist.get_rank()], 3))
+    assert layer.num_batches_tracked == 0
+    layer(torch.randn(sizes[dist.get_rank()], 3, 2))
+
+
 def check_same_bits_on_all_ranks(world):
     layer = BatchNorm1d(3, process_group="world")
     torch.manual_seed(10 + dist.get_rank())

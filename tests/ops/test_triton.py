@@ -246,14 +246,15 @@ def test_the_same_bits_every_run(partition):
     st.integers(1, 3), st.integers(1, 20), st.sampled_from([0.1, 0.3, 1.0, None]), st.booleans(),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.sampled_from(["both", "mean", "untracked"]),
     st.sampled_from([None, float("nan"), float("inf"), 1e39]), st.sampled_from([0.0, 1.0, 7.0]),
+    st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16]),
 )  # fmt: skip
 @settings(max_examples=20)
-def test_the_buffers_move_as_in_the_reference(rows, channels, momentum, skip, dtype, given_, odd, least):
+def test_the_buffers_move_as_in_the_reference(rows, channels, momentum, skip, dtype, given_, odd, least, counter):
     mean, var = torch.randn(rows, channels, dtype=torch.float64), torch.rand(rows, channels, dtype=torch.float64)
     count = torch.arange(rows).double() + least
     if odd is not None:
         mean[-1, -1] = odd
-    buffers = [torch.randn(channels).to(dtype), torch.rand(channels).to(dtype), torch.tensor(3)]
+    buffers = [torch.randn(channels).to(dtype), torch.rand(channels).to(dtype), torch.tensor(3, dtype=counter)]
     if given_ == "mean":
         buffers[1] = None
     if given_ == "untracked" and momentum is not None:

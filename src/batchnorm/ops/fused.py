@@ -113,8 +113,9 @@ def updated_buffers(
     momentum: float | None,
     skip_nonfinite: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the buffers after this batch as new tensors: old + momentum·(new − old).
+    """Compute the buffers after this batch as new tensors: (1 − momentum)·old + momentum·new.
 
+    This form keeps a new value at momentum 1 that is far below the old one; old + momentum·(new − old) rounds it away.
     A batch without a variance (empty, or one value per slice) is counted, and leaves the running statistics as they
     are. With `skip_nonfinite` the same holds for a batch whose moments are not finite in the buffers' dtype.
 
@@ -141,7 +142,7 @@ def updated_buffers(
         if buffer is None:
             return None
         old = buffer.double()
-        return torch.where(keep, old, old + factor * (new - old)).to(buffer.dtype)
+        return torch.where(keep, old, (1 - factor) * old + factor * new).to(buffer.dtype)
 
     return updated(running_mean, new_mean), updated(running_var, new_var), tracked
 

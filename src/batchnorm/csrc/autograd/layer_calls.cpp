@@ -257,7 +257,7 @@ PyObject* training_call(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 const Tensor* plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  const bool unusual = t.layout() != at::kStrided || t.key_set().has_any(c10::python_ks) ||
+  const bool unusual = t.layout() != at::kStrided || t.is_nested() || t.key_set().has_any(c10::python_ks) ||
                        t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   return unusual ? nullptr : &t;
 }

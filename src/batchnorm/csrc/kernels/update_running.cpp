@@ -26,9 +26,10 @@ void update_running(const RunningUpdate& update) {
   for (std::size_t c = 0; c < mean.size(); ++c)  // a NaN compares false
     finite = finite && std::fabs(mean[c]) < update.overflow && std::fabs(var[c]) < update.overflow;
   if (update.skip_nonfinite && !finite) return;
+  // not old + factor * (new - old), which at factor 1 loses a new value far below the old one
   for (std::size_t c = 0; c < mean.size(); ++c) {
-    if (update.mean) update.mean[c] += update.factor * (mean[c] - update.mean[c]);
-    if (update.var) update.var[c] += update.factor * (var[c] - update.var[c]);
+    if (update.mean) update.mean[c] = (1 - update.factor) * update.mean[c] + update.factor * mean[c];
+    if (update.var) update.var[c] = (1 - update.factor) * update.var[c] + update.factor * var[c];
   }
 }
 

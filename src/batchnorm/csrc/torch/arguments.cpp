@@ -171,10 +171,30 @@ void OperatorCall::write_back(const Tensor& t, const double* values) const {
   copy(t, dense);
 }
 
-double OperatorCall::increment_batches(const Tensor& batches) const {
-  STD_TORCH_CHECK(batches.dtype() == aoti_torch_dtype_int64() && batches.numel() == 1,
-                  "num_batches_tracked must be one int64 value");
-  return static_cast<double>(++*static_cast<std::int64_t*>(batches.data()));
+namespace {
+
+template <class Integer> double increment(void* counter) {
+  return static_cast<double>(++*static_cast<Integer*>(counter));
+}
+
+}  // namespace
+
+// Averaged or converted models hold the counter in other types than int64. It counts on in its own type, as in torch.
+double OperatorCall::increment_batches(const Tensor& batches) {
+  STD_TORCH_CHECK(batches.numel() == 1, "num_batches_tracked must be one number, got shape ", batches.shape());
+  const std::int32_t type = batches.dtype();
+  if (type == aoti_torch_dtype_int64()) return increment<std::int64_t>(batches.data());
+  if (type == aoti_torch_dtype_int32()) return increment<std::int32_t>(batches.data());
+  if (type == aoti_torch_dtype_int16()) return increment<std::int16_t>(batches.data());
+  if (type == aoti_torch_dtype_int8()) return increment<std::int8_t>(batches.data());
+  if (type == aoti_torch_dtype_uint8()) return increment<std::uint8_t>(batches.data());
+  if (type == aoti_torch_dtype_complex64()) return increment<float>(batches.data());  // the real part comes first
+  if (type == aoti_torch_dtype_complex128()) return increment<double>(batches.data());
+  Dtype floating;
+  STD_TORCH_CHECK(to_dtype(type, &floating), "num_batches_tracked of this dtype cannot count");
+  const double next = *as_float64(batches, 1, "num_batches_tracked") + 1;
+  write_back(batches, &next);
+  return *as_float64(batches, 1, "num_batches_tracked");  // as rounded to its type
 }
 
 }  // namespace bn

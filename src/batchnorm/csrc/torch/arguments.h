@@ -28,7 +28,7 @@ struct OperatorCall {
   // The values of a small tensor as float64: its own memory, or else a copy that lives as long as this call.
   double* as_float64(const Tensor& t, std::int64_t expected, const char* name);
   void write_back(const Tensor& t, const double* values) const;
-  double increment_batches(const Tensor& batches) const;
+  double increment_batches(const Tensor& batches);  // returns the new count
 
  private:
   void choose_layout();

@@ -63,7 +63,7 @@ def update_buffers(
 def _update_buffer(buffer, new, keep, factor, channel, channel_mask):
     if buffer is not None:
         old = tl.load(buffer + channel, mask=channel_mask, other=0.0).to(tl.float64)
-        value = tl.where(keep, old, old + factor * (new - old))
+        value = tl.where(keep, old, (1 - factor) * old + factor * new)
         tl.store(buffer + channel, rounded(value, buffer.dtype.element_ty), mask=channel_mask)
 
 
@@ -118,9 +118,12 @@ def update_running_(
 ) -> None:
     buffers = (running_mean, running_var, num_batches_tracked)
     strided = any(t is not None and not t.is_contiguous() for t in buffers)
-    if strided or (
-        momentum is None and num_batches_tracked is None
-    ):  # the reference raises the error of the second case
+    # a counter may live elsewhere (a checkpoint with assign=True) or be complex: torch's operators take it
+    odd_counter = num_batches_tracked is not None and (
+        num_batches_tracked.device != mean.device or num_batches_tracked.is_complex()
+    )
+    uncounted = momentum is None and num_batches_tracked is None  # the reference raises its error
+    if strided or odd_counter or uncounted:
         return fused.update_running_(*buffers, mean, var, count, momentum, skip_nonfinite)
     channels = mean.size(-1)
     slices = mean.numel() // channels
