@@ -228,7 +228,7 @@ def _torch_has(call: Call) -> bool:
 def _derivatives_nest() -> bool:
     """Whether torch's own derivative of the call may be differentiated in a way that it is not right for.
 
-    One reverse mode is: its second derivative by autograd is right. One forward mode is not: autograd may stand outside.
+    One reverse mode is right, also differentiated again by autograd. A forward mode is not: autograd may stand outside.
     """
     interpreters = torch._C._functorch.get_interpreter_stack() or ()
     reverse = sum(one.key() == torch._C._functorch.TransformType.Grad for one in interpreters)

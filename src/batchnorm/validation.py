@@ -10,7 +10,8 @@ from .options import check_ghost_batch_size
 
 ONE_VALUE = "Expected more than 1 value per channel when training"
 ONE_VALUE_ADVICE = (
-    "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval() with running statistics"
+    "a single value has no variance; use a larger batch, drop_last=True in the loader, or eval() with running "
+    "statistics"
 )
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
@@ -31,7 +32,9 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
     size = input.shape
     if len(size) < 2:
         # as torch's, which looks at the size of the first axis in training alone
-        raise (IndexError if training and not size else RuntimeError)(f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}")
+        raise (IndexError if training and not size else RuntimeError)(
+            f"batch_norm: expected an input of shape (N, C, *), got {tuple(size)}"
+        )
     if eps < 0.0 or (training and eps == 0.0):
         kind = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")
@@ -44,8 +47,6 @@ def check_input(input: Tensor, training: bool, eps: float, ghost_batch_size: int
     # other ranks may hold the values that this one lacks
     if samples == 1 and not synchronized and input.numel() == size[0] * size[1] != 0:
         raise ValueError(f"{ONE_VALUE}, got input size {size}: {ONE_VALUE_ADVICE}")
-
-
 
 
 def check_tensor(input: object) -> None:
