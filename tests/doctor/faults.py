@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import batchnorm
 from tests.doctor.nets import CLASSES, NETS, Functional, Net, batches_for, train
 
 Call = dict[str, Any]
@@ -42,6 +43,9 @@ def faults() -> Iterator[Fault]:
     yield from _of_the_data()
     yield from _of_the_steps()
     yield from _of_the_graph()
+    yield from _of_frozen_layers()
+    yield from _of_evaluation()
+    yield from _of_teachers()
 
 
 # --- the model alone ---------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def _of_the_steps() -> Iterator[Fault]:
         yield f"{name}, a step every other call", "BN302", lambda net=NETS[name]: _every_other(net)
 
 
-class _Checkpointed(nn.Module):
+class Checkpointed(nn.Module):
     def __init__(self, body: nn.Module, reentrant: bool) -> None:
         super().__init__()
         self.body, self.reentrant = body, reentrant
@@ -226,7 +230,7 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.body, x.requires_grad_(), use_reentrant=self.reentrant)
 
 
-def _steps(model: nn.Module, parts: int = 1, every: int = 1) -> Call:
+def steps(model: nn.Module, parts: int = 1, every: int = 1) -> Call:
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     count = [0]
 
@@ -242,15 +246,15 @@ def _steps(model: nn.Module, parts: int = 1, every: int = 1) -> Call:
 
 
 def _checkpointed(net: Net, reentrant: bool) -> Call:
-    return _steps(_Checkpointed(net.make(), reentrant)) | {"batches": data(net, 4)}
+    return steps(Checkpointed(net.make(), reentrant)) | {"batches": data(net, 4)}
 
 
 def _accumulated(net: Net, parts: int) -> Call:
-    return _steps(net.make(), parts=parts) | {"batches": data(net, 4, 64)}
+    return steps(net.make(), parts=parts) | {"batches": data(net, 4, 64)}
 
 
 def _every_other(net: Net) -> Call:
-    return _steps(net.make(), every=2) | {"batches": data(net, 4)}
+    return steps(net.make(), every=2) | {"batches": data(net, 4)}
 
 
 # --- graph -------------------------------------------------------------------------------------------------
@@ -310,3 +314,93 @@ def _of_the_graph() -> Iterator[Fault]:
 def _sequence(length: int) -> Call:
     model = nn.Sequential(nn.Linear(6, 16, bias=False), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, CLASSES))
     return {"model": model, "batches": [torch.randn(32, length, 6)]}
+
+
+# --- frozen layers whose statistics are wrong ------------------------------------------------------------------
+def _of_frozen_layers() -> Iterator[Fault]:
+    for name in ("cnn", "residual", "norm after activation"):
+        yield f"{name}, γ and β held, statistics stale", "BN202", lambda net=NETS[name]: _stale(net)
+        yield f"{name}, frozen at stale statistics", "BN202", lambda net=NETS[name]: _stale(net, batchnorm.freeze)
+
+
+def _stale(net: Net, freeze: Callable[[nn.Module], nn.Module] | None = None) -> Call:
+    """Fine-tuned on other data with the batches' statistics, and evaluated with those of the first training."""
+    model = trained(net)
+    for layer in norms(model):
+        layer.requires_grad_(False)
+        layer.track_running_stats = False
+    train(model, [(3 * x + 2, y) for x, y in batches_for(net, 36, 32, seed=1)], 120)
+    if freeze is not None:
+        freeze(model)
+    return {"model": model.eval(), "batches": [(3 * x + 2, y) for x, y in data(net)]}
+
+
+# --- evaluation by the batch -------------------------------------------------------------------------------
+def _of_evaluation() -> Iterator[Fault]:
+    for name in ("cnn", "our mlp", "3-D"):
+        yield f"{name}, one layer left in train()", "BN111", lambda net=NETS[name]: _left_in_train(net)
+        yield f"{name}, no statistics in eval", "BN111", lambda net=NETS[name]: _untracked(net)
+    yield "a call by the batch in eval", "BN111", lambda: {"model": ByBatch().eval()}
+    yield (
+        "a call by the batch in eval, run",
+        "BN111",
+        lambda: {"model": ByBatch().eval(), "batches": data(NETS["mlp"], 2)},
+    )
+
+
+class ByBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(20, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.first(x), None, None, training=True)
+
+
+def _left_in_train(net: Net) -> Call:
+    model = trained(net, 20).eval()
+    norms(model)[-1].train()
+    return {"model": model}
+
+
+def _untracked(net: Net) -> Call:
+    model = net.make()
+    for layer in norms(model):
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        layer.track_running_stats = False
+    return {"model": model.eval(), "batches": data(net, 2)}
+
+
+# --- teachers ----------------------------------------------------------------------------------------------
+def _of_teachers() -> Iterator[Fault]:
+    for name in ("mlp", "our mlp", "cnn", "functional"):
+        for how in ("no_grad", "detached", "without parameters that learn"):
+            yield f"{name}, a teacher, {how}", "BN305", lambda net=NETS[name], how=how: taught(net, how)
+        yield f"{name}, validated in train()", "BN305", lambda net=NETS[name]: _validated(net)
+
+
+def taught(net: Net, how: str) -> Call:
+    student = net.make()
+    teacher = copy.deepcopy(student).requires_grad_(how != "without parameters that learn")
+    optimizer = torch.optim.SGD(student.parameters(), 0.01)
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        with torch.set_grad_enabled(how != "no_grad"):
+            target = teacher(batch[0])
+        optimizer.zero_grad()
+        (student(batch[0]) - target.detach()).square().mean().backward()
+        optimizer.step()
+
+    return {"model": student, "step": step, "optimizer": optimizer, "batches": data(net, 4)}
+
+
+def _validated(net: Net) -> Call:
+    call = steps(net.make())
+    inner = call["step"]
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        inner(batch)
+        with torch.no_grad():
+            call["model"](batch[0])
+
+    return call | {"step": step, "batches": data(net, 4)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm
 from batchnorm.model_tools import convert, freeze, recalibrate
-from tests.doctor.faults import Call, data, norms, trained
+from tests.doctor.faults import Call, Checkpointed, data, norms, steps, taught, trained
 from tests.doctor.nets import CLASSES, NETS, Net, TwoHeads, batches_for, train
 
 Healthy = tuple[str, Callable[[], Call]]
@@ -25,8 +26,8 @@ def healthy() -> Iterator[Healthy]:
         yield f"{name}, new", lambda net=net: {"model": net.make(), "batches": data(net)}
         yield f"{name}, new, no data", lambda net=net: {"model": net.make()}
         yield f"{name}, new, an example", lambda net=net: {"model": net.make(), "example_input": example(net)}
-        for steps in (5, 20):
-            yield f"{name}, {steps} steps", lambda net=net, n=steps: {"model": trained(net, n), "batches": data(net)}
+        for count in (5, 20):
+            yield f"{name}, {count} steps", lambda net=net, n=count: {"model": trained(net, n), "batches": data(net)}
         yield f"{name}, trained, evaluated", lambda net=net: _evaluated(net)
         yield f"{name}, trained, batches of 16", lambda net=net: _batches_of(net, 26 if len(net.shape) == 1 else 16)
         yield f"{name}, recalibrated", lambda net=net: _recalibrated(net)
@@ -80,6 +81,11 @@ def _special() -> Iterator[Healthy]:
     yield "two inputs, a dict", _two_heads
     yield "an adversarial pair", _adversarial
     yield "two views a step", _two_views
+    yield "a teacher in eval()", _taught
+    yield "data normalized without parameters", _data_normalized
+    for reentrant in (False, True):
+        yield f"our layers checkpointed, reentrant {reentrant}", lambda r=reentrant: _checkpointed(r)
+    yield "frozen, trained, evaluated", _frozen_backbone_evaluated
     yield "no batch normalization", lambda: {"model": nn.Linear(20, CLASSES), "batches": data(NETS["mlp"])}
     yield "pooled to 1×1", _pooled
     yield "no affine", lambda: {"model": _plain(nn.BatchNorm1d(16, affine=False)), "batches": data(NETS["mlp"])}
@@ -128,6 +134,29 @@ def _two_views() -> Call:
         optimizer.step()
 
     return {"model": model, "batches": data(NETS["cnn"], 4), "step": step, "optimizer": optimizer}
+
+
+def _taught() -> Call:
+    call = taught(NETS["cnn"], "no_grad")
+    inspect.getclosurevars(call["step"]).nonlocals["teacher"].eval()
+    return call
+
+
+def _data_normalized() -> Call:
+    """No gradient reaches the result of the first layer, because nothing before it learns."""
+    model = nn.Sequential(nn.BatchNorm1d(20, affine=False), nn.Linear(20, CLASSES))
+    return steps(model) | {"batches": data(NETS["mlp"], 4)}
+
+
+def _checkpointed(reentrant: bool) -> Call:
+    """Reentrant checkpointing runs the first forward without gradients."""
+    return steps(Checkpointed(NETS["our mlp"].make(), reentrant)) | {"batches": data(NETS["mlp"], 4)}
+
+
+def _frozen_backbone_evaluated() -> Call:
+    """Its statistics are not the data's, and the layers after it have learned from them."""
+    call = _evaluated(NETS["frozen backbone"])
+    return call | {"model": freeze(call["model"])}
 
 
 def _pooled() -> Call:

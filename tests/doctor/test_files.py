@@ -1,6 +1,7 @@
 """Exported programs and ONNX files."""
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -50,6 +51,32 @@ def test_no_statistics_are_batch_statistics():
     model = net()
     model[1] = nn.BatchNorm2d(8, track_running_stats=False)
     assert diagnose(program(model.eval())).codes == {"BN401"}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_what_keeps_no_statistics_is_told_so(decomposed):
+    model = net()
+    model[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    exported = program(model.eval())
+    (finding,) = diagnose(exported.run_decompositions() if decomposed else exported).findings
+    assert "keeps no running statistics" in finding.message
+    assert "track_running_stats" in finding.fix
+    (finding,) = diagnose(program(net().train())).findings
+    assert "keeps no" not in finding.message
+    assert "model.eval()" in finding.fix
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_what_keeps_no_statistics_in_an_onnx_file(tmp_path, dynamo):
+    pytest.importorskip("onnxscript" if dynamo else "onnx", reason="an extra: pip install 'batchnorm[onnx]'")
+    model = net()
+    model[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both exporters warn of torch's own deprecations
+        path = tmp_path / "model.onnx"
+        torch.onnx.export(model.eval(), (torch.randn(4, 3, 8, 8),), str(path), dynamo=dynamo, verbose=False)
+    (finding,) = [finding for finding in diagnose(path).findings if finding.code == "BN401"]
+    assert "keeps no running statistics" in finding.message
 
 
 def test_broken_buffers_in_a_program():

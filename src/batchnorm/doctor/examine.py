@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from ..inspect.from_fx import graph_of_trace
-from ..inspect.from_run import graph_of_run, tensors_in
-from ..inspect.graph import ModelGraph
+from ..inspect.from_run import tensors_in
 from ..inspect.untouched import preserved
 from .diagnosis import SEVERITIES, Diagnosis, Finding
 from .evidence.exported_files import is_file, read_file
@@ -25,7 +24,6 @@ from .evidence.needs import Evidence, NotExamined
 from .evidence.normalizations import Layer, find_layers, model_trains
 from .evidence.passes import measure
 from .evidence.ranks import Ranks, compare_ranks, is_distributed
-from .evidence.symbolic import trace_graph
 from .evidence.training_steps import watch_steps
 from .rule import Rule
 from .rules import chosen_rules
@@ -133,23 +131,13 @@ def _gather(
             masks=masks,
             compare_ways="comparison" in asked and bool(collected),
             try_dropout="dropout" in asked,
-            spent=(training.forwards if training else 0) + ("folding" in asked),
+            spent=training.forwards if training else 0,
         )
         evidence.measurements, evidence.layers, evidence.graph = found, found.layers, found.graph
         evidence.real_batches = bool(collected) or _is_data(examples[0])
     else:
-        evidence.graph = trace_graph(model, layers)
-    if "folding" in asked and not evidence.trains and not (evidence.measurements and evidence.measurements.wrong_axis):
-        evidence.fold_graph = _fold_graph(runs_on, collected or examples)
+        evidence.graph = graph_of_trace(model)
     return evidence
-
-
-def _fold_graph(model: nn.Module, batches: list[Batch]) -> ModelGraph:
-    """Return what calls what, as `fold` reads it: from a run where there is a batch, and else from a trace."""
-    if not batches:
-        return graph_of_trace(model)
-    first = batches[0]
-    return graph_of_run(model, first.kwargs or first.args, "diagnose")
 
 
 def _copy_of_lazy(model: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ def subject(target: str) -> tuple[nn.Module | Path, Iterable[Any] | None]:
         return Path(target), None
     if ":" not in target:
         raise UserError(f"neither pkg.mod:function nor an .onnx or .pt2 file, {target}, name a function or a file")
-    made = _call(target, "subject(target=…)")
+    made = _call(target, "subject(target=…)", "a torch.nn.Module")
     model, batches = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -42,8 +42,8 @@ def subject(target: str) -> tuple[nn.Module | Path, Iterable[Any] | None]:
     return model, batches
 
 
-def _call(name: str, parameter: str) -> Any:
-    function = find_factory(name, parameter)
+def _call(name: str, parameter: str, returns: str) -> Any:
+    function = find_factory(name, parameter, returns)
     try:
         return function()
     except Exception as error:
@@ -63,7 +63,7 @@ def read_data(data: str, batch_size: int) -> Iterable[Any]:
         UserError: the source cannot be read.
     """
     if ":" in data and not data.startswith("openml:") and not Path(data).exists():
-        made: Iterable[Any] = _call(data, "--data")  # find_factory's word for a function that returns data
+        made: Iterable[Any] = _call(data, "read_data(data=…)", "the data")
         return made
     import numpy as np
 

@@ -1,7 +1,8 @@
 """The one decision on what can be folded into what. `fold` acts on it, and the doctor's BN402 asks it.
 
 A normalization can go into the layer before it when it reads that layer's very result, along the same channels, and
-nobody else does; or into the layer after it, when that layer alone reads its very result.
+nobody else does; or into the layers after it, when these alone read its very result. Where it is called several times,
+this has to hold of every call, and nothing else may call these layers: f(a) − f(b) with f = (layer, norm).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..pairs import is_ours
-from .graph import ELSEWHERE, GraphNode, ModelGraph
+from .graph import ELSEWHERE, KEPT, GraphNode, ModelGraph
 from .modules import LAYERS, spatial_dims
 from .operators import Effect
 
@@ -27,21 +28,32 @@ __all__ = [
     "is_transposed",
     "only_normalizes",
     "pads_with_zeros",
+    "per_channel_read",
     "scale_and_shift",
     "why_not_into",
     "why_stays",
 ]
 
+_Find = Callable[[GraphNode, ModelGraph], tuple[list[GraphNode], str]]
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _LAYER_FORWARDS = {kind.forward for kind in LAYERS}
 
 
 class FoldTarget(NamedTuple):
-    """The layer that a normalization can go into, and on which side of it; or None, and why it stays."""
+    """The layers that a normalization can go into, by a call of each, and on which side; or none, and why it stays."""
 
-    layer: GraphNode | None
+    layers: tuple[GraphNode, ...]
     before: bool
     reason: str
+
+    @property
+    def layer(self) -> GraphNode | None:
+        """The first of them."""
+        return self.layers[0] if self.layers else None
+
+    @property
+    def name(self) -> str:
+        return ", ".join(layer.name for layer in self.layers)
 
 
 def only_normalizes(norm: Any) -> bool:
@@ -77,9 +89,9 @@ def why_stays(norm: Any, graph: ModelGraph) -> str:
         return "its γ or β is parametrized"
     if norm._forward_hooks or norm._forward_pre_hooks:
         return "it has forward hooks"
-    if not calls:
-        return "the example does not reach it"
-    return "called more than once" if len(calls) > 1 else ""
+    if graph.undecided:
+        return graph.undecided
+    return "" if calls else "the example does not reach it"
 
 
 def fold_target(
@@ -91,25 +103,31 @@ def fold_target(
     """Where a normalization that need not stay goes.
 
     Args:
-        norm: its one call.
+        norm: a call of it.
         graph: what calls what.
         changed: layers that have taken part in a fold since the graph was read; they are left for the next reading.
         why_not_after: why the normalization's numbers cannot be folded into the layer that reads its result, or ''.
     """
-    before, why_not_before = _layer_before(norm, graph)
-    if before is not None and before.module not in changed:
+    calls = [norm] if norm.module is None else graph.calls_of(norm.module)
+    before, why_not_before = _beside_every(calls, graph, _layer_before)
+    if before and not any(layer.module in changed for layer in before):
         return FoldTarget(before, True, "")
-    after, why_not_after_it = _layer_after(norm, graph)
-    if after is None or after.module in changed:
-        reason = f"{why_not_before}; {why_not_after_it}" if before is None else "its layer was changed in this round"
-        return FoldTarget(None, False, reason)
-    why_not = why_not_after(after)
-    return FoldTarget(None, False, f"{why_not_before}; {why_not}") if why_not else FoldTarget(after, False, "")
+    after, why_not_after_it = _beside_every(calls, graph, _layers_after)
+    if not after or any(layer.module in changed for layer in after):
+        reason = "its layer was changed in this round" if before else f"{why_not_before}; {why_not_after_it}"
+        return FoldTarget((), False, reason)
+    why_not = next(filter(None, map(why_not_after, after)), "")
+    return FoldTarget((), False, f"{why_not_before}; {why_not}") if why_not else FoldTarget(after, False, "")
+
+
+def per_channel_read(layer: GraphNode, *vectors: Tensor) -> list[Tensor]:
+    """Vectors of the normalization's channels, as one value for each channel of the input of a layer after it."""
+    return [v[list(layer.spread)] if layer.spread else v for v in vectors]
 
 
 def foldable(graph: ModelGraph) -> Iterator[tuple[GraphNode, FoldTarget]]:
     """Yield every normalization of the graph that can be folded as it stands, and where it goes."""
-    for norm in graph.calls:
+    for norm in {call.module or call: call for call in graph.calls}.values():  # each once, however often it is called
         if norm.effect is not Effect.NORM or norm.stays or (norm.module is not None and why_stays(norm.module, graph)):
             continue
         target = fold_target(norm, graph, (), partial(_why_not_module, norm.module))
@@ -118,46 +136,71 @@ def foldable(graph: ModelGraph) -> Iterator[tuple[GraphNode, FoldTarget]]:
 
 
 def _why_not_module(norm: Any, layer: GraphNode) -> str:
-    return why_not_into(layer.module, *scale_and_shift(norm)) if norm is not None else "no layer reads its result"
+    if norm is None:
+        return "no layer reads its result"
+    return why_not_into(layer.module, *per_channel_read(layer, *scale_and_shift(norm)))
 
 
-def _layer_before(call: GraphNode, graph: ModelGraph) -> tuple[GraphNode | None, str]:
+def _beside_every(calls: list[GraphNode], graph: ModelGraph, find: _Find) -> tuple[tuple[GraphNode, ...], str]:
+    """A call of each layer beside the normalization's calls; none, and the reason, where one call has no such layer, or
+    such a layer is called for something else too."""
+    found: list[GraphNode] = []
+    for call in calls:
+        layers, why_not = find(call, graph)
+        why_not = why_not or next(filter(None, (layer.stays or _why_layer_stays(layer) for layer in layers)), "")
+        if why_not:
+            return (), f"called more than once, and in one call {why_not}" if len(calls) > 1 else why_not
+        found += layers
+    for layer in found:
+        siblings = [layer] if layer.module is None else graph.calls_of(layer.module)
+        if any(call not in found for call in siblings):
+            return (), f"{layer.name} is called more than once"
+    return tuple({layer.module or layer: layer for layer in found}.values()), ""
+
+
+def _layer_before(call: GraphNode, _: ModelGraph) -> tuple[list[GraphNode], str]:
     source = call.source
     if source is None or source.effect is not Effect.LAYER:
-        return None, "it does not read a layer's result"
+        return [], "it does not read a layer's result"
+    if not source.is_call:
+        return [], f"it does not read a layer's result but that of a function, {source.name}"
     if not call.aligned:
-        return None, f"it normalizes another axis than the channels of {source.name}"
-    layer, why_not = _only_reader(source, call.name, graph, source)
-    return (None, source.stays_before) if layer is not None and source.stays_before else (layer, why_not)
+        return [], f"it normalizes another axis than the channels of {source.name}"
+    return [source], _why_read_elsewhere(source, [call]) or source.stays_before
 
 
-def _layer_after(call: GraphNode, graph: ModelGraph) -> tuple[GraphNode | None, str]:
-    reader = next((c for c in graph.calls if c.source is call), None)
-    if reader is None or reader.effect is not Effect.LAYER:
-        return None, "no layer reads its result"
-    if not reader.aligned:
-        return None, f"its channels are not those of {reader.name}'s input"
-    return _only_reader(call, reader.name, graph, reader)
+def _layers_after(call: GraphNode, graph: ModelGraph) -> tuple[list[GraphNode], str]:
+    readers = [node for node in graph.calls if node.source is call and node.effect is Effect.LAYER]
+    if not readers:
+        return [], "no layer reads its result"
+    for reader in readers:
+        if not reader.aligned and not reader.spread:
+            return [], f"its channels are not those of {reader.name}'s input"
+        siblings = graph.calls_of(reader.module) if reader.module is not None else ()
+        if any(other.spread != reader.spread for other in siblings):
+            return [], f"{reader.name} is called more than once, with its channels in other places"
+    return readers, _why_read_elsewhere(call, readers)
 
 
-def _only_reader(read: GraphNode, reader: str, graph: ModelGraph, layer: GraphNode) -> tuple[GraphNode | None, str]:
-    others = [name for name in read.readers if name != reader]
-    if others:
-        where = ELSEWHERE if ELSEWHERE in others else f"by {others[0] or 'the model'}"
-        return None, f"the result of {read.name} is also read {where}"
-    why_not = layer.stays or _why_layer_stays(layer, graph)
-    return (None, why_not) if why_not else (layer, "")
+def _why_read_elsewhere(read: GraphNode, readers: list[GraphNode]) -> str:
+    """Why not these alone read the result, or ''."""
+    names = {reader.name for reader in readers}
+    others = [name for name in read.readers if name not in names]
+    if not others:
+        return ""
+    if KEPT in others:
+        return f"the result of {read.name} is also read elsewhere: something holds it when the forward is over"
+    where = ELSEWHERE if ELSEWHERE in others else f"by {others[0] or 'the model'}"
+    return f"the result of {read.name} is also read {where}"
 
 
-def _why_layer_stays(call: GraphNode, graph: ModelGraph) -> str:
+def _why_layer_stays(call: GraphNode) -> str:
     """Why a layer module's weight cannot be changed, or ''."""
     layer: Any = call.module
     if layer is None:
         return ""
     if type(layer).forward not in _LAYER_FORWARDS:
         return f"{call.name} is a {type(layer).__qualname__} with a forward of its own"
-    if len(graph.calls_of(layer)) > 1:
-        return f"{call.name} is called more than once"
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         return f"{call.name} computes its weight"
     if layer._forward_hooks or layer._forward_pre_hooks:

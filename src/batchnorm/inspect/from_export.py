@@ -22,11 +22,12 @@ from torch import Tensor, fx, nn
 from ..errors import quote_error
 from .example import no_encoder_fast_path, still
 from .graph import Geometry, GraphNode, ModelGraph
-from .modules import channel_axis, is_layer, is_norm, names_of
-from .operators import SHAPED_LIKE, Effect, effect_of
+from .modules import is_layer, is_norm, names_of
+from .operators import SHAPED_LIKE, Effect, effect_of, node_operator
 from .untouched import untouched
+from .ways import Step, connect
 
-__all__ = ["Unreadable", "graph_of_export"]
+__all__ = ["Unreadable", "graph_of_export", "why_no_program"]
 
 
 class Unreadable(Exception):
@@ -39,6 +40,20 @@ def graph_of_export(model: nn.Module, example: Any) -> ModelGraph:
     Raises:
         Unreadable: `torch.export` does not take the model, or its graph holds graphs.
     """
+    return _Reader(model, _program(model, example)).read()
+
+
+def why_no_program(model: nn.Module, example: Any) -> str:
+    """Why `torch.export` does not take the model, or ''. Where it does, which operators run depends on shapes and
+    settings alone, never on a value."""
+    try:
+        _program(model, example)
+    except Unreadable as error:
+        return str(error)
+    return ""
+
+
+def _program(model: nn.Module, example: Any) -> Any:
     if isinstance(example, tuple):
         args, kwargs = example, {}
     elif isinstance(example, Mapping) and all(isinstance(key, str) for key in example):
@@ -48,10 +63,9 @@ def graph_of_export(model: nn.Module, example: Any) -> ModelGraph:
     with untouched(model), no_encoder_fast_path(), _silence():
         still(model)
         try:
-            program = torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # whatever the model's own forward raises under the tracer
             raise Unreadable(f"torch.export does not take it: {quote_error(error)}") from error
-    return _Reader(model, program).read()
 
 
 @contextmanager
@@ -88,7 +102,7 @@ class _Reader:
             if node.op == "get_attr" or (node.op == "call_function" and not _is_plain(node)):
                 raise Unreadable(f"its graph holds {node.target}, whose inside is another graph")
             self._place(node)
-            if node.op == "call_function" and effect_of(_name(node)) is Effect.NORM:
+            if node.op == "call_function" and effect_of(node_operator(node)) is Effect.NORM:
                 call = self.call_of.get(node)
                 if call is None or call.module is None or not is_norm(call.module):
                     functional.append(self.names[self._modules(node)[-1][1]])
@@ -116,7 +130,7 @@ class _Reader:
         if node.op != "call_function":
             return
         if owner is None:
-            mine = GraphNode(_name(node), effect_of(_name(node)))
+            mine = GraphNode(node_operator(node), effect_of(node_operator(node)))
             self.made.append(mine)
         else:
             if not self.calls or self.calls[-1].module is not owner or self.visit != visit:
@@ -153,8 +167,7 @@ class _Reader:
             node = node.args[0]  # type: ignore[assignment]  # a carrier's first operand is the tensor
         source = self.call_of.get(node)
         if source is not None and self.ends[source] is node:
-            call.source = source
-            call.aligned = _aligned(source, call, way)
+            connect(source, call, [_step(step) for step in way if not _is_identity(step)])
 
     def _note_readers(self, call: GraphNode) -> None:
         end = self.ends[call]
@@ -171,18 +184,11 @@ class _Reader:
     def _reader(self, node: fx.Node) -> str:
         if node in self.call_of:
             return self.call_of[node].name
-        return "the model's output" if node.op == "output" else _name(node)
+        return "the model's output" if node.op == "output" else node_operator(node)
 
 
 def _is_plain(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) or getattr(operator, _name(node), None) is node.target
-
-
-def _name(node: fx.Node) -> str:
-    """An operator's name without namespace and overload."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2]
-    return getattr(node.target, "__name__", str(node.target))
+    return isinstance(node.target, torch._ops.OpOverload) or node.target in vars(operator).values()
 
 
 def _get(model: nn.Module, path: str) -> Any:
@@ -198,12 +204,12 @@ def _geometry(node: fx.Node) -> Geometry | None:
 
 
 def _carries(node: fx.Node) -> bool:
-    return node.op == "call_function" and (effect_of(_name(node)) is Effect.CARRY or _is_identity(node))
+    return node.op == "call_function" and (effect_of(node_operator(node)) is Effect.CARRY or _is_identity(node))
 
 
 def _is_identity(node: fx.Node) -> bool:
     """A dropout in eval, or a conversion to what the tensor is already."""
-    effect = effect_of(_name(node))
+    effect = effect_of(node_operator(node))
     if effect not in (Effect.DROPOUT, Effect.CONVERT) or not isinstance(node.args[0], fx.Node):
         return False
     if effect is Effect.DROPOUT:
@@ -215,7 +221,8 @@ def _is_identity(node: fx.Node) -> bool:
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Every node that reads the value, itself or through carriers."""
     for user in node.users:
-        if effect_of(_name(user)) is Effect.CHECK or (_name(user) in SHAPED_LIKE and user.args[0] is not node):
+        name = node_operator(user)
+        if effect_of(name) is Effect.CHECK or (name in SHAPED_LIKE and user.args[0] is not node):
             continue
         if _carries(user):
             yield from _readers(user)
@@ -223,23 +230,12 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _aligned(source: GraphNode, call: GraphNode, way: list[fx.Node]) -> bool:
-    """Whether the channels of the source's result are those of the call's input: the way between is walked by a
-    tensor that holds at each place the number of its channel."""
-    assert source.module is not None
-    assert call.module is not None
-    assert source.output is not None
-    assert call.input is not None
-    shape = source.output.shape
-    axis, after = channel_axis(source.module, len(shape)), channel_axis(call.module, len(call.input.shape))
-    if axis is None or after is None or shape[axis] != call.input.shape[after]:
-        return False
-    numbers = torch.arange(shape[axis]).view(-1, *[1] * (len(shape) - 1)).movedim(0, axis).expand(shape)
-    for node in way:
-        if _is_identity(node):
-            continue
-        rest: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args[1:]]
-        if _name(node) in SHAPED_LIKE:
-            rest = [numbers.new_empty(1).expand(rest[0].shape)]
-        numbers = node.target(numbers, *rest, **node.kwargs)  # type: ignore[operator]  # an OpOverload, as every carrier is
-    return bool((numbers.movedim(after, -1) == torch.arange(shape[axis])).all())
+def _step(node: fx.Node) -> Step:
+    """What a carrier does, to another tensor of the same form."""
+    rest: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args[1:]]
+
+    def step(numbers: Tensor) -> Tensor:
+        operands = [numbers.new_empty(1).expand(rest[0].shape)] if node_operator(node) in SHAPED_LIKE else rest
+        return node.target(numbers, *operands, **node.kwargs)  # type: ignore[operator]  # an OpOverload, as every carrier is
+
+    return step

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import weakref
 from collections import Counter
+from operator import attrgetter
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .graph import GraphNode, ModelGraph
-from .modules import is_layer, is_norm
-from .operators import Effect, effect_of
+from .functions import describe, effect_of_function
+from .graph import KEPT, GraphNode, ModelGraph
+from .modules import is_dropout, is_layer, is_norm
+from .operators import Effect, effect_of, node_operator
 from .untouched import untouched
 
 __all__ = ["graph_of_trace"]
+
+_CHANNELED = (Effect.LAYER, Effect.NORM)
 
 
 def graph_of_trace(model: nn.Module) -> ModelGraph:
@@ -30,6 +36,23 @@ def graph_of_trace(model: nn.Module) -> ModelGraph:
     return ModelGraph(tuple(reader.nodes), tuple(dict.fromkeys(reader.functional_norms)))
 
 
+class _Tracer(fx.Tracer):
+    """Knows which values something holds when the forward is over: an attribute, a list, a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._proxies: list[tuple[fx.Node, Any]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        self._proxies.append((node, weakref.ref(made)))
+        return made
+
+    def kept(self) -> set[fx.Node]:
+        gc.collect()  # what only a circle of references holds cannot be read again
+        return {node for node, proxy in self._proxies if proxy() is not None}
+
+
 class _TraceReader:
     def __init__(self, model: nn.Module) -> None:
         self.nodes: list[GraphNode] = []
@@ -37,17 +60,19 @@ class _TraceReader:
         self.holders = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
 
     def trace(self, module: nn.Module, prefix: str) -> None:
-        if is_layer(module) or is_norm(module) or not any(True for _ in module.children()):
+        atomic = not any(True for _ in module.children()) and fx.Tracer().is_leaf_module(module, prefix)
+        if is_layer(module) or is_norm(module) or atomic:
             return
+        tracer = _Tracer()
         try:
-            traced = fx.Tracer().trace(module)
+            traced = tracer.trace(module)
         except Exception:  # a forward may do anything with a proxy
             for name, child in module.named_children():
                 self.trace(child, f"{prefix}{name}.")
         else:
-            self._read(traced, module, prefix)
+            self._read(traced, module, prefix, tracer.kept())
 
-    def _read(self, traced: fx.Graph, root: nn.Module, prefix: str) -> None:
+    def _read(self, traced: fx.Graph, root: nn.Module, prefix: str, kept: set[fx.Node]) -> None:
         made: dict[fx.Node, GraphNode] = {}
         for node in traced.nodes:
             if node.op == "output":
@@ -57,25 +82,42 @@ class _TraceReader:
             new.link([made[n] for n in node.all_input_nodes if n in made])
             first = node.args[0] if node.args else None
             source = made.get(first) if isinstance(first, fx.Node) else None
-            if new.is_call and source is not None and source.is_call:
+            if source is not None and new.effect in _CHANNELED and source.effect in _CHANNELED:
                 new.source, new.aligned = source, True
             for read in new.inputs:
                 read.readers.append(new.name)
             made[node] = new
             self.nodes.append(new)
+        for node in kept & made.keys():
+            made[node].is_output = True
+            made[node].readers.append(KEPT)
 
     def _node(self, node: fx.Node, root: nn.Module, prefix: str) -> GraphNode:
         if node.op == "call_module":
             module: Any = root.get_submodule(str(node.target))
             layer, norm = is_layer(module), is_norm(module)
             effect = Effect.LAYER if layer else Effect.NORM if norm else effect_of(type(module).__name__.lower())
+            effect = Effect.DROPOUT if is_dropout(module) else effect
             new = GraphNode(f"{prefix}{node.target}", effect, module, is_call=layer or norm)
             new.parameters_shared = layer and any(self.holders[p] > 1 for p in module.parameters(False))
+            new.p = module.p if is_dropout(module) else 0.0
             return new
-        operator = str(getattr(node.target, "__name__", node.target))
-        new = GraphNode(operator, effect_of(operator) if node.op != "placeholder" else Effect.OTHER)
+        if node.op == "call_function" and effect_of_function(node.target) is not Effect.OTHER:
+            return self._function(node, root, prefix)
+        operator = node_operator(node)
+        return GraphNode(operator or str(node.target), effect_of(operator))
+
+    def _function(self, node: fx.Node, root: nn.Module, prefix: str) -> GraphNode:
+        """A layer, a normalization or a dropout that is called as a function."""
+        new = GraphNode(f"{prefix}{getattr(node.target, '__name__', '')}", effect_of_function(node.target))
+        given = describe(new, node.args, node.kwargs)
+        if given.get("training") is False:
+            new.p = 0.0
         if new.effect is Effect.NORM:
             self.functional_norms.append(prefix.rstrip("."))
+        held = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        values = {f"{prefix}{name}": attrgetter(name)(root) for name in held}
+        new.tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return new
 
     def _note_output(self, node: fx.Node, made: dict[fx.Node, GraphNode]) -> None:

@@ -4,6 +4,10 @@ The model runs once under a dispatch mode, below autograd and below modules. Eac
 last. Storages, not tensors, are followed: views, in-place operations and slices written one by one then need no rules
 of their own. A convolution or matrix product whose weight does not come from the input is a layer, also where the model
 calls it as a function.
+
+Who else reads a result is seen by the operator, by the method that hands its memory to Python, and, however it is held
+(an attribute, a list, a closure, a global), by its storage being alive when the forward is over. Not seen is what reads
+memory by an address, and what another thread runs.
 """
 
 from __future__ import annotations
@@ -13,20 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .example import copied, run_example
-from .graph import Geometry, GraphNode, ModelGraph
-from .modules import channel_axis, is_layer, is_norm, names_of
-from .operators import Effect, effect_of
+from .feature_axes import FeatureAxes
+from .functions import FunctionCalls, describe, effect_of_function, features_last, in_eval
+from .graph import KEPT, Geometry, GraphNode, ModelGraph
+from .modules import is_dropout, is_layer, is_norm, names_of, names_of_tensors
+from .operators import Effect, effect_of, operator_name
+from .storages import Key, key_of, still_alive
 from .untouched import untouched
+from .value_reads import PythonReads, ValueReads
+from .ways import Step, connect
 
 __all__ = ["graph_of_run", "tensors_in"]
-
-Key = StorageWeakRef | int
 
 
 def graph_of_run(model: nn.Module, example: Any, what: str) -> ModelGraph:
@@ -41,13 +47,15 @@ def graph_of_run(model: nn.Module, example: Any, what: str) -> ModelGraph:
     with untouched(model):
         handles = recorder.hook()
         try:
-            with recorder:
-                output = run_example(model, example, what)
+            with recorder, FunctionCalls(recorder.call_function), PythonReads(recorder.note_method):
+                returned = _keys(run_example(model, example, what))
         finally:
             for handle in handles:
                 handle.remove()
-    recorder.finish(output)
-    return ModelGraph(tuple(recorder.nodes), tuple(recorder.functional_norms), output)
+        recorder.finish(returned)  # before what the forward put on the model is taken off again
+        drew = recorder.values.drew_in_python()
+    reads = tuple(recorder.values.found)
+    return ModelGraph(tuple(recorder.nodes), tuple(dict.fromkeys(recorder.functional_norms)), reads, drew)
 
 
 class _RunRecorder(TorchDispatchMode):
@@ -57,12 +65,15 @@ class _RunRecorder(TorchDispatchMode):
         self.functional_norms: list[str] = []
         self._names = names_of(model)
         self._stack: list[tuple[nn.Module, GraphNode | None]] = []
-        # Weak references keep the storages' addresses from being used again, but not their memory.
         self._made: dict[Key, GraphNode] = {}  # who wrote the storage last
-        self._results: dict[Key, GraphNode] = {}  # the call whose very result it still holds
-        self._from_input = {_key(t) for t in tensors_in(example)}
+        self._results: dict[Key, GraphNode] = {}  # the call whose very result it still holds, or a copy of it
+        self._ways: dict[Key, dict[Geometry, tuple[Step, ...]]] = {}  # from the result to what lies so in the storage
+        self._axes, self._root = FeatureAxes(), model
+        self._tensor_names = names_of_tensors(model)
+        self.values = ValueReads(model)
+        self._from_input = _keys(example)
         layers = [module for module in self._names if is_layer(module)]
-        self._readers_of: dict[Key, set[str]] = {_key(p): set() for m in layers for p in m.parameters(False)}
+        self._readers_of: dict[Key, set[str]] = {key_of(p): set() for m in layers for p in m.parameters(False)}
 
     # --- modules -----------------------------------------------------------------------------------
     def hook(self) -> list[Any]:
@@ -81,12 +92,17 @@ class _RunRecorder(TorchDispatchMode):
             inputs = tensors_in((args, kwargs))
             call = GraphNode(self._names[module], Effect.LAYER if is_layer(module) else Effect.NORM, module)
             call.is_call = True
-            if inputs:
-                call.input = Geometry.of(inputs[0])
-                call.source = self._results.get(_key(inputs[0]))
-                call.aligned = call.source is not None and _aligned(call.source, call)
-            self.nodes.append(call)
+            self._begin(call, inputs)
         self._stack.append((module, call))
+
+    def _begin(self, call: GraphNode, inputs: list[Tensor]) -> None:
+        if inputs:
+            call.input = Geometry.of(inputs[0])
+            key = key_of(inputs[0])
+            call.feature_axis = self._axes.axis(inputs[0])
+            if key in self._results:
+                connect(self._results[key], call, self._ways[key].get(call.input))
+        self.nodes.append(call)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = None
@@ -94,11 +110,17 @@ class _RunRecorder(TorchDispatchMode):
             entered, call = self._stack.pop()
             if entered is module:
                 break
-        if call is None or not isinstance(output, Tensor):
-            return
+        if call is not None and isinstance(output, Tensor):
+            self._end(call, output)
+
+    def _end(self, call: GraphNode, output: Tensor) -> None:
         call.output = Geometry.of(output)
-        key = _key(output)
-        self._results[key] = call
+        key = key_of(output)
+        if call.effect is Effect.LAYER:
+            self._axes.put(output, call.channel_axis(output.dim()))
+        if call.effect is not Effect.DROPOUT:  # it hands on the result that it was given
+            self._results[key] = call
+            self._ways[key] = {call.output: ()}
         if key in self._made:  # a layer that hands its input on made nothing
             call.link([self._made[key]])
         self._made[key] = call
@@ -107,29 +129,86 @@ class _RunRecorder(TorchDispatchMode):
         """The call of a layer or normalization in which an operator runs."""
         return next((call for _, call in reversed(self._stack) if call is not None), None)
 
+    # --- functions ---------------------------------------------------------------------------------
+    def call_function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function; one that is a layer, a normalization or a dropout as the call of a module of that kind."""
+        effect = effect_of_function(func)
+        if features_last(func):
+            output = func(*args, **kwargs)
+            self._axes.put(tensors_in(output)[0], -1)
+            return output
+        module = self._stack[-1][0] if self._stack else self._root
+        name = self._where() if is_dropout(module) else ".".join(filter(None, (self._where(), func.__name__)))
+        node = GraphNode(name, effect)
+        given = describe(node, args, kwargs)
+        inputs = [t for t in (given.get("input"), given.get("weight")) if isinstance(t, Tensor)]
+        computed = effect is Effect.LAYER and self._from_input.issuperset(map(key_of, inputs[1:]))
+        if self._inside() is not None or not inputs or computed:
+            return func(*args, **kwargs)
+        node.tensors = {self._tensor_names[id(t)]: t for t in tensors_in((args, kwargs)) if id(t) in self._tensor_names}
+        self._begin(node, inputs[:1])
+        self._stack.append((module, node))
+        try:
+            output = in_eval(given) if effect is Effect.DROPOUT else func(*args, **kwargs)
+        finally:
+            self._stack.pop()
+        self._end(node, output)
+        return output
+
     # --- operators ---------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        keys = [_key(t) for t in tensors_in((args, kwargs))]
-        output = func(*args, **kwargs)
-        self._note(func, keys, _written(func, args, kwargs), tensors_in(output))
+        inputs = tensors_in((args, kwargs))
+        keys = [key_of(t) for t in inputs]
+        with torch._C.DisableTorchFunction():  # TorchScript comes here with the function modes still on
+            output = func(*args, **kwargs)
+        if operator_name(func) == "set_":  # gives a tensor another storage, and writes to none
+            return output
+        written, outputs = _written(func, args, kwargs), tensors_in(output)
+        self.values.note_operator(func, keys, inputs, [*outputs, *written], self._where())
+        if not written and len(outputs) == 1 and args and isinstance(args[0], Tensor):
+            self._carry(func, args[0], args[1:], kwargs, outputs[0])
+        self._note(func, keys, written, outputs)
+        self._axes.carry(inputs, outputs)
         return output
 
+    def note_method(self, name: str, tensors: list[Tensor]) -> None:
+        """Python takes the memory of these tensors."""
+        keys = [key_of(tensor) for tensor in tensors]
+        self.values.note_method(name, keys, self._where())
+        for key in keys:
+            if key in self._results:
+                self._results[key].readers.append(name)
+
+    def _where(self) -> str:
+        return self._names[self._stack[-1][0]] if self._stack else ""
+
+    def _carry(self, func: Any, given: Tensor, rest: Any, kwargs: Any, output: Tensor) -> None:
+        """Note a view or a copy of a result: its way is longer by this operator."""
+        effect, key, new = effect_of(operator_name(func)), key_of(given), key_of(output)
+        if key not in self._results or effect not in (Effect.CARRY, Effect.CONVERT) or tensors_in((rest, kwargs)):
+            return
+        if (given.dtype, given.device) != (output.dtype, output.device):
+            return
+        way, ways = self._ways[key].get(Geometry.of(given)), self._ways.setdefault(new, {})
+        if way is not None:
+            ways.setdefault(Geometry.of(output), (*way, lambda numbers: func(numbers, *rest, **kwargs)))
+        self._results[new] = self._results[key]
+
     def _note(self, func: Any, keys: list[Key], written: list[Tensor], outputs: list[Tensor]) -> None:
-        space, _, op = func._schema.name.partition("::")
+        op = operator_name(func)
         call = self._inside()
         reader = call.name if call is not None else op
-        changed = {_key(tensor) for tensor in written}
-        views = {_key(tensor) for tensor in outputs} - changed  # what reads a view of it is its reader
-        for read in {self._results[key] for key in keys if key in self._results and key not in views}:
+        changed = {key_of(tensor) for tensor in written}
+        views = {key_of(tensor) for tensor in outputs} - changed  # what reads a view or a copy of it is its reader
+        held_on = {self._results[key] for key in views if key in self._results}
+        for read in {self._results[key] for key in keys if key in self._results} - held_on:
             read.readers.append(reader)
         for key in self._readers_of.keys() & keys:
             self._readers_of[key].add(reader)
-        effect = self._effect(space, op, keys)
+        effect = self._effect(func.namespace, op, keys)
         if effect is Effect.NORM and not any(is_norm(module) for module, _ in self._stack):
-            name = self._names[self._stack[-1][0]] if self._stack else ""
-            if name not in self.functional_norms:
-                self.functional_norms.append(name)
+            self.functional_norms.append(self._where())
         node = call if call is not None else GraphNode(op, effect)
         node.link(list(dict.fromkeys(self._made[key] for key in keys if key in self._made)))
         if node is not call and node.inputs:
@@ -138,7 +217,7 @@ class _RunRecorder(TorchDispatchMode):
         for key in changed:
             self._results.pop(key, None)
         for tensor in (*outputs, *written):
-            key = _key(tensor)
+            key = key_of(tensor)
             self._made[key] = node
             if live:
                 self._from_input.add(key)
@@ -154,28 +233,23 @@ class _RunRecorder(TorchDispatchMode):
             return Effect.MIX  # by a constant or a parameter
         return effect
 
-    def finish(self, output: Any) -> None:
-        """Note which results are, or reach, what the model returned, and who else used a layer's parameters."""
+    def finish(self, returned: set[Key]) -> None:
+        """Note which results are, or reach, what the model returned, which ones something holds now that the forward is
+        over, and who else used a layer's parameters."""
         for call in self.nodes:
             for parameter in call.module.parameters(False) if call.module and is_layer(call.module) else ():
-                call.parameters_shared |= bool(self._readers_of[_key(parameter)] - {call.name})
-        for tensor in tensors_in(output):
-            key = _key(tensor)
-            if key in self._made:
-                self._made[key].reaches_output = True
-            if key in self._results:
+                call.parameters_shared |= bool(self._readers_of[key_of(parameter)] - {call.name})
+        for key in returned & self._made.keys():
+            self._made[key].reaches_output = True
+        kept = still_alive(self._results.keys() - returned)
+        for keys, reader in ((returned & self._results.keys(), "the model's output"), (kept, KEPT)):
+            for key in keys:
                 self._results[key].is_output = True
-                self._results[key].readers.append("the model's output")
+                self._results[key].readers.append(reader)
 
 
-def _aligned(source: GraphNode, call: GraphNode) -> bool:
-    assert source.module is not None
-    assert call.module is not None
-    assert source.output is not None
-    assert call.input is not None
-    axis = channel_axis(source.module, len(source.output.shape))
-    after = channel_axis(call.module, len(call.input.shape))
-    return axis is not None and after is not None and source.output.same_axis(axis, call.input, after)
+def _keys(tree: Any) -> set[Key]:
+    return {key_of(tensor) for tensor in tensors_in(tree)}
 
 
 def _matrices(op: str, keys: list[Key]) -> list[Key]:
@@ -196,13 +270,6 @@ def tensors_in(tree: Any, depth: int = 3) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and depth and not isinstance(leaf, (nn.Module, type)):
             found += tensors_in(list(vars(leaf).values()), depth - 1)
     return found
-
-
-def _key(tensor: Tensor) -> Key:
-    try:
-        return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse, lazy and other tensors without a storage
-        return id(tensor)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from .modules import is_layer
+from .modules import channel_axis, is_layer
 from .operators import Effect, keeps_place
 
-__all__ = ["ELSEWHERE", "Geometry", "GraphNode", "ModelGraph"]
+__all__ = ["ELSEWHERE", "KEPT", "Geometry", "GraphNode", "ModelGraph"]
 
 ELSEWHERE = "elsewhere"  # a reader that has no name
+KEPT = "kept"  # a reader that comes after the forward: something holds the result then
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,6 @@ class Geometry:
     @classmethod
     def of(cls, tensor: Tensor) -> Geometry:
         return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-
-    def same_axis(self, axis: int, other: Geometry, other_axis: int) -> bool:
-        """Whether two views of all of one storage have the same elements along these axes."""
-        size, theirs = self.shape[axis], other.shape[other_axis]
-        strides = size == 1 or self.stride[axis] == other.stride[other_axis]
-        whole = prod(self.shape) == prod(other.shape) and self.offset == other.offset
-        return size == theirs and strides and whole
 
 
 @dataclass(eq=False)
@@ -50,10 +43,16 @@ class GraphNode:
     output: Geometry | None = None
     source: GraphNode | None = None  # the call whose result is the first tensor, itself or a view of it, unchanged
     aligned: bool = False  # the channels of the source's result are those of the input
+    spread: tuple[int, ...] = ()  # where they are others: the source's channel in each channel of the input
     readers: list[str] = field(default_factory=list)  # what reads the very result: names of modules or operators
     is_output: bool = False  # the model returns this very result
     reaches_output: bool = False  # the model returns something that the node's value, as it is, is part of
     parameters_shared: bool = False  # something outside the layer reads its weight or bias
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # the model's, by name, that a function's call was given
+    axis: int | None = None  # of the channels, in a function's call
+    feature_axis: int | None = None  # the axis of a normalization's input that holds the features of a layer before it
+    p: float = 0.0  # of a dropout
+    by_batch: bool = False  # a normalization's call as a function asks for the statistics of the batch
     is_call: bool = False  # a layer or normalization that a fold can change: of a module, or of a file's node
     stays: str = ""  # why it cannot be changed, where the front end knows
     stays_before: str = ""  # why a layer cannot take in what comes after it
@@ -64,6 +63,23 @@ class GraphNode:
             if node is not self and node not in self.inputs:
                 self.inputs.append(node)
                 node.users.append(self)
+
+    def channel_axis(self, dims: int) -> int | None:
+        """The axis of the call's input or result of `dims` dimensions that it takes for the channels."""
+        if self.module is not None:
+            return channel_axis(self.module, dims)
+        return None if self.axis is None or not -dims <= self.axis < dims else self.axis % dims
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A layer's bias: its module's, or the vector among the model's tensors that a function's call was given."""
+        if self.module is not None:
+            return getattr(self.module, "bias", None)
+        return next((tensor for tensor in self.tensors.values() if tensor.dim() == 1), None)
+
+    def first_norms(self) -> list[GraphNode]:
+        """The normalizations that the value reaches without passing another one."""
+        return [node for node, _ in self.ahead(until=(Effect.NORM,)) if node.effect is Effect.NORM]
 
     def ahead(self, *, until: tuple[Effect, ...]) -> Iterator[tuple[GraphNode, bool]]:
         """Yield every node that the value reaches, and whether only linear steps lie between.
@@ -85,11 +101,16 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """`nodes` in the order in which they ran; `functional_norms` names the modules that call `F.batch_norm`."""
+    """`nodes` in the order in which they ran; `functional_norms` names the modules that call `F.batch_norm`;
+    `value_reads` says where Python, or the shape of a result, came to know values that another input would change,
+    `draws_in_python` whether the forward drew random numbers of Python or NumPy, and `undecided` why the graph may be
+    another one for other values."""
 
     nodes: tuple[GraphNode, ...]
     functional_norms: tuple[str, ...]
-    output: Any = field(repr=False, default=None)
+    value_reads: tuple[str, ...] = ()
+    draws_in_python: bool = False
+    undecided: str = ""
 
     @property
     def calls(self) -> list[GraphNode]:
@@ -98,6 +119,24 @@ class ModelGraph:
 
     def calls_of(self, module: nn.Module) -> list[GraphNode]:
         return [node for node in self.nodes if node.module is module]
+
+    def of_effect(self, effect: Effect) -> list[GraphNode]:
+        return [node for node in self.nodes if node.effect is effect]
+
+    def directly_normalized(self) -> Iterator[tuple[GraphNode, GraphNode]]:
+        """Yield (layer, normalization) where, in every call of the layer, normalizations of its own channels and
+        nothing else read its very result."""
+        norms = [node for node in self.of_effect(Effect.NORM) if node.source is not None and node.aligned]
+        calls: dict[Any, list[GraphNode]] = {}
+        for node in self.of_effect(Effect.LAYER):
+            weight = next((name for name, tensor in node.tensors.items() if tensor.dim() > 1), None)
+            if node.module is not None or weight is not None:
+                calls.setdefault(node.module or weight, []).append(node)
+        for group in calls.values():
+            found = [[norm for norm in norms if norm.source is call] for call in group]
+            readers = [{norm.name for norm in after} for after in found]
+            if all(after and set(call.readers) == after for call, after in zip(group, readers, strict=True)):
+                yield group[0], found[0][0]
 
     def output_layers(self) -> set[nn.Module]:
         """Layers whose result the model returns: as it is, or by a way without any layer.

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import UserError
 
-__all__ = ["LAYERS", "channel_axis", "is_layer", "is_norm", "names_of", "out_features", "refuse_lazy", "spatial_dims"]
+__all__ = [
+    "LAYERS",
+    "channel_axis",
+    "is_dropout",
+    "is_layer",
+    "is_norm",
+    "names_of",
+    "names_of_tensors",
+    "out_features",
+    "refuse_lazy",
+    "spatial_dims",
+]
 
 LAYERS = (
     nn.Conv1d,
@@ -23,6 +35,15 @@ LAYERS = (
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """The first dotted name of each module; the root's is ''."""
     return {module: name for name, module in model.named_modules()}
+
+
+def names_of_tensors(model: nn.Module) -> dict[int, str]:
+    """The first dotted names of parameters and buffers, by `id`."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names: dict[int, str] = {}
+    for name, tensor in named:
+        names.setdefault(id(tensor), name)
+    return names
 
 
 def refuse_lazy(model: nn.Module, what: str) -> None:
@@ -48,6 +69,11 @@ def is_layer(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """True for a batch normalization: torch's own, `SyncBatchNorm`, ours, and their subclasses."""
     return isinstance(module, _BatchNorm)
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """True for torch's dropouts of every kind, and their subclasses."""
+    return isinstance(module, _DropoutNd)
 
 
 def out_features(layer: nn.Module) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from enum import Enum
+from typing import Any
 
-__all__ = ["SHAPED_LIKE", "Effect", "effect_of", "keeps_place"]
+import torch
+from torch import fx
+
+__all__ = ["SHAPED_LIKE", "Effect", "effect_of", "keeps_place", "node_operator", "operator_name"]
 
 
 class Effect(Enum):
@@ -48,9 +53,41 @@ _LINEAR = {Effect.CARRY, Effect.CONVERT, Effect.MIX, Effect.DROPOUT}
 SHAPED_LIKE = frozenset({"view_as", "reshape_as", "expand_as"})
 
 
-def effect_of(operator: str) -> Effect:
+# Where torch's functions and its tensors' methods live. A function from elsewhere may bear the name of one of them.
+_TORCH = ("torch", "torch.functional", "torch.nn.functional", "torch._C", "torch._C._nn", "torch._tensor")
+
+
+def effect_of(name: str) -> Effect:
     """What the operator of this name does."""
-    return _EFFECTS.get(operator, Effect.OTHER)
+    return _EFFECTS.get(name, Effect.OTHER)
+
+
+def node_operator(node: fx.Node) -> str:
+    """The name of the operator that the node runs; '' for an input, an attribute, a module's call and the output."""
+    return operator_name(node.target) if node.op in ("call_function", "call_method") else ""
+
+
+def operator_name(target: Any) -> str:
+    """ATen's name for what a program calls: an operator, a function of torch or of Python, or a method by its name.
+
+    `torch.relu_` and `x.relu_()` are "relu_", `x += y` is "add_" and `x / y` "div". A function that is not torch's
+    keeps its module's name, so that it is never taken for an operator.
+    """
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.partition("::")[2]
+    name = str(getattr(target, "__name__", target))
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", "")
+    if module == operator.add.__module__:
+        return _python_operator(name.strip("_"))
+    return name if module in _TORCH else f"{module}.{name}"
+
+
+def _python_operator(name: str) -> str:
+    in_place = name.startswith("i") and any(hasattr(operator, form) for form in (name[1:], f"{name[1:]}_"))
+    stem = name[1:] if in_place else name
+    return ("div" if stem == "truediv" else stem) + "_" * in_place
 
 
 def keeps_place(effect: Effect) -> bool:

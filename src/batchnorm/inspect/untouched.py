@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Preserved", "generators_kept", "preserved", "untouched"]
+__all__ = ["Preserved", "generators_kept", "modes_and_buffers_kept", "preserved", "untouched"]
 
 _CONTAINERS = (dict, list, set, deque)
 
@@ -61,25 +61,49 @@ class _Attributes:
             yield from (v for v in items if isinstance(v, Tensor))
 
 
+class _Values:
+    """What tensors hold, each once; one that nothing changed is not written to."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        if id(tensor) not in self._before and not nn.parameter.is_lazy(tensor) and tensor.device.type != "meta":
+            self._before[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, value in self._before.values():
+                _write_back(tensor, value)
+
+
 class Preserved:
-    """What was there before: of a model, and of every optimizer that is added, also while things run already."""
+    """What was there before: of every model and every optimizer that is added, also while things run already."""
 
     def __init__(self, model: nn.Module, *, gradients: bool = False, parameters: bool = True) -> None:
-        self._attributes = [_Attributes(module) for module in model.modules()]
-        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._attributes: dict[nn.Module, _Attributes] = {}
+        self._tensors = _Values()
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._required: list[tuple[Tensor, bool]] = []
         self._optimizers: dict[int, tuple[Optimizer, list[Any]]] = {}
-        for attributes in self._attributes:
+        self._random = _Random()
+        self.add_model(model, gradients=gradients, parameters=parameters)
+
+    def add_model(self, model: nn.Module, *, gradients: bool = False, parameters: bool = True) -> None:
+        """Keep the modules, but those that are kept already."""
+        new = {module: _Attributes(module) for module in model.modules() if module not in self._attributes}
+        self._attributes |= new
+        for attributes in new.values():
             for tensor in attributes.tensors():
                 if parameters or not isinstance(tensor, nn.Parameter):
-                    self._keep(tensor)
-        for parameter in model.parameters():
+                    self._tensors.add(tensor)
+        for parameter in (p for module in new for p in module.parameters(recurse=False)):
             self._gradients.append((parameter, parameter.grad))
             self._required.append((parameter, parameter.requires_grad))
             if gradients and parameter.grad is not None:
-                self._keep(parameter.grad)
-        self._random = _Random()
+                self._tensors.add(parameter.grad)
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Keep the optimizer's state, settings and parameters; a second time for the same one does nothing."""
@@ -90,19 +114,15 @@ class Preserved:
         for state in optimizer.state.values():
             inner.append((state, dict(state), None))
             for value in state.values():
-                self._keep(value) if isinstance(value, Tensor) else None
+                self._tensors.add(value) if isinstance(value, Tensor) else None
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                self._keep(parameter)
+                self._tensors.add(parameter)
         self._optimizers[id(optimizer)] = (optimizer, [*parts, *inner])
-
-    def _keep(self, tensor: Tensor) -> None:
-        if id(tensor) not in self._tensors and not nn.parameter.is_lazy(tensor) and tensor.device.type != "meta":
-            self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
 
     def restore(self) -> None:
         """Put everything back; values that nothing changed are not written to."""
-        for attributes in self._attributes:
+        for attributes in self._attributes.values():
             attributes.restore()
         for _, parts in self._optimizers.values():
             parts[0].restore()
@@ -111,15 +131,13 @@ class Preserved:
                 held.update(before)
                 if parameters is not None:
                     held["params"][:] = parameters
-        with torch.no_grad():
-            for tensor, required in self._required:
-                if tensor.requires_grad != required:
-                    tensor.requires_grad_(required)
-            for tensor, value in self._tensors.values():
-                _write_back(tensor, value)
-            for parameter, gradient in self._gradients:
-                if parameter.grad is not gradient:
-                    parameter.grad = gradient
+        for tensor, required in self._required:
+            if tensor.requires_grad != required:
+                tensor.requires_grad_(required)
+        self._tensors.restore()
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         self._random.restore()
 
 
@@ -147,6 +165,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         kept.restore()
+
+
+@contextmanager
+def modes_and_buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The cheap form of `untouched`, for a loop: gradients are off inside, and of what a forward may change only the
+    modes and the buffers are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = _Values(model.buffers())
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        buffers.restore()
 
 
 @contextmanager

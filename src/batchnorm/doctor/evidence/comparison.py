@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,16 @@ class Answers:
         elif scores.shape == target.shape and target.is_floating_point():
             self.squared += float(F.mse_loss(scores.double(), target.double(), reduction="sum"))
             self.compared += target.numel()
+
+    @classmethod
+    def pooled(cls, parts: Iterable[Answers]) -> Answers:
+        """The answers of several batches as one."""
+        whole = cls()
+        for part in parts:
+            whole.values += part.values
+            for name in ("right", "judged", "squared", "compared"):
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        return whole
 
     @property
     def accuracy(self) -> float | None:

@@ -42,8 +42,12 @@ class Distance:
 
 
 def distance(layer: Layer, seen: Measured, model_trains: bool) -> Distance | None:
-    """Return the distance; None where the statistics are not tracked, not finite, or not yet learned."""
-    if not layer.tracks or layer.frozen or seen.pooled.count < 2 or (model_trains and layer.is_initial):
+    """Return the distance; None where the statistics are not tracked, not finite, or not yet learned.
+
+    While a model trains, a layer that is held at its statistics trains on them: evaluation will not differ.
+    """
+    given = model_trains and (layer.frozen or layer.is_initial)
+    if not layer.tracks or given or seen.pooled.count < 2:
         return None
     assert layer.running_mean is not None
     assert layer.running_var is not None

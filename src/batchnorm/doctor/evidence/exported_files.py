@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from ...errors import UserError, quote_error
 from ...inspect.folding import FoldTarget, foldable
 from ...inspect.from_export import Unreadable, graph_of_export
-from ...inspect.from_onnx import OnnxReader, nested_graphs, title_of, trains
+from ...inspect.from_onnx import OnnxReader, readers_of, trains
+from ...inspect.onnx_scope import title_of
+from ...inspect.operators import Effect, node_operator
 from ...model_tools.fold_graph import lift
 
 __all__ = ["FILE_TYPES", "FileEvidence", "Normalization", "is_file", "read_file"]
@@ -29,7 +31,8 @@ _NEVER_TRAINING = ("_native_batch_norm_legit_no_training", "_batch_norm_no_updat
 
 @dataclass(frozen=True)
 class Normalization:
-    """One batch normalization in a file. `foldable_into`: the layer right before it, where nothing else reads that."""
+    """One batch normalization in a file. `foldable_into`: the layer right before it, where nothing else reads that;
+    `tracks`: it has running statistics, whether it uses them or not."""
 
     name: str
     training: bool
@@ -37,6 +40,7 @@ class Normalization:
     foldable_into: str | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    tracks: bool = True
 
 
 @dataclass
@@ -90,7 +94,8 @@ def _from_program(program: ExportedProgram) -> FileEvidence:
         arguments = _arguments(node)
         mean, var = (_tensor_of(program, arguments.get(name)) for name in ("running_mean", "running_var"))
         into = None if training else targets.get(name)
-        held.normalizations.append(Normalization(name, training, operator, into, mean, var))
+        tracks = arguments.get("running_mean") is not None
+        held.normalizations.append(Normalization(name, training, operator, into, mean, var, tracks))
     return held
 
 
@@ -105,13 +110,11 @@ def _fold_targets(program: ExportedProgram) -> dict[str, str]:
         graph = graph_of_export(module, kwargs or args)
     except Unreadable:
         return {}
-    return {norm.name: target.layer.name for norm, target in foldable(graph) if target.layer is not None}
+    return {norm.name: target.name for norm, target in foldable(graph)}
 
 
 def _operator(node: Any) -> str:
-    if getattr(node, "op", "") != "call_function":
-        return ""
-    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", "")))
+    return node_operator(node) if isinstance(node, fx.Node) else ""
 
 
 def _training(node: Any, operator: str) -> bool | None:
@@ -167,26 +170,22 @@ def _from_onnx(path: Path) -> FileEvidence:
         model = onnx.load(str(path))
     except Exception as error:
         raise UserError(f"not an ONNX file ({quote_error(error)}), {path}, export the model again") from error
-    reader = OnnxReader(model)
-    graph = reader.read()
-    targets = dict(foldable(graph))
     held = FileEvidence("ONNX file")
-    for call, node in reader.nodes_of.items():
-        if node.op_type == "BatchNormalization":
-            held.normalizations.append(_from_node(node, reader, targets.get(call)))
-    for _, nodes in nested_graphs(model):
-        for node in nodes:
-            if node.op_type == "BatchNormalization":
-                held.normalizations.append(_from_node(node, reader, None))
+    for reader in readers_of(model, {}):
+        graph = reader.read()
+        for call in graph.of_effect(Effect.NORM):
+            target = None if call.stays else reader.fold_target(call, graph)
+            held.normalizations.append(_from_node(reader.nodes_of[call], reader, target))
     return held
 
 
 def _from_node(node: Any, reader: OnnxReader, target: FoldTarget | None) -> Normalization:
-    from onnx import numpy_helper
-
-    mean, var = (
-        torch.from_numpy(numpy_helper.to_array(reader.initial[name]).copy()) if name in reader.initial else None
-        for name in (*node.input[3:5], "", "")[:2]
-    )
+    names = (*node.input[3:5], "", "")[:2]
+    constants = [reader.scope.constant(name).array if name else None for name in names]
+    mean, var = (None if array is None else torch.from_numpy(array.astype("float64")) for array in constants)
     into = target.layer.name if target is not None and target.layer is not None else None
-    return Normalization(title_of(node), trains(node, reader.opset), node.op_type, into, mean, var)
+    tracks = not any(
+        name in reader.scope.producers() and array is None for name, array in zip(names, constants, strict=True)
+    )
+    by_batch = trains(node, reader.scope.opset) or not tracks
+    return Normalization(title_of(node), by_batch, node.op_type, into, mean, var, tracks)

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ...inspect.graph import ModelGraph
+from ...inspect.graph import GraphNode, ModelGraph
 from ...statistics.measured import Measured
 from .exported_files import FileEvidence
-from .model_graph import Graph
 from .normalizations import Layer
 from .passes import SAMPLES_NEEDED, Measurements
 from .ranks import Ranks, is_distributed
@@ -34,8 +33,7 @@ class Evidence:
     model: nn.Module | None = None
     trains: bool = False
     layers: list[Layer] = field(default_factory=list)
-    graph: Graph | None = None
-    fold_graph: ModelGraph | None = None
+    graph: ModelGraph | None = None
     measurements: Measurements | None = None
     real_batches: bool = False  # the batches are data, not an example of their shape
     optimizer: Optimizer | None = None
@@ -66,6 +64,16 @@ class Evidence:
         """Return the layers that a forward called, with what was measured at them."""
         pairs = ((layer, self.measured(layer)) for layer in self.layers)
         return [(layer, seen) for layer, seen in pairs if seen is not None and seen.pooled.count]
+
+    def layer_of(self, node: GraphNode) -> Layer | None:
+        """Return the layer behind a normalization's call in the graph: that of its module, or that of its tensors."""
+        for layer in self.layers:
+            held = [tensor for tensor in (layer.running_mean, layer.weight) if tensor is not None]
+            if node.module is not None and layer.module is node.module:
+                return layer
+            if node.module is None and any(tensor is own for tensor in node.tensors.values() for own in held):
+                return layer
+        return None
 
     def evaluates(self, layer: Layer) -> bool:
         """Return whether the model is evaluated and, as far as the batches show, calls the layer."""
@@ -100,7 +108,7 @@ def _lacks_graph(evidence: Evidence) -> str | None:
     wrong = evidence.measurements.wrong_axis if evidence.measurements else None
     if wrong is not None or evidence.graph is None:
         return _lacks_batch(evidence) or "needs the model's graph"
-    if evidence.graph.complete or evidence.graph.nodes:
+    if evidence.graph.nodes or evidence.model is None or not any(True for _ in evidence.model.children()):
         return None
     return "the forward cannot be traced without a batch: pass batches or example_input"
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ...inspect.modules import is_norm
+from ...inspect.graph import ModelGraph
+from ...inspect.modules import is_dropout, is_norm
+from ...inspect.operators import Effect
 from ...model_tools.freeze import is_frozen
 
-__all__ = ["Layer", "find_layers", "model_trains", "names_of_tensors"]
+__all__ = ["Layer", "find_layers", "layers_of_trace", "model_trains"]
 
 
 @dataclass(eq=False)
@@ -31,9 +32,9 @@ class Layer:
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    num_batches_tracked: Tensor | None = None
     training: bool = False
     frozen: bool = False
+    num_batches_tracked: Tensor | None = None
     num_features: int = 0
 
     @property
@@ -76,7 +77,7 @@ def model_trains(model: nn.Module) -> bool:
         for module in model.modules()
         if not is_norm(module)
         and not _is_look_alike(module)
-        and (isinstance(module, _DropoutNd) or any(p is not None for p in module._parameters.values()))
+        and (is_dropout(module) or any(p is not None for p in module._parameters.values()))
     ]
     if flags:
         return any(flags)
@@ -145,10 +146,10 @@ def _look_alike(name: str, module: Any) -> Layer:
     )
 
 
-def names_of_tensors(model: nn.Module) -> dict[int, str]:
-    """Return the dotted names of parameters and buffers by `id`."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names: dict[int, str] = {}
-    for name, tensor in named:
-        names.setdefault(id(tensor), name)
-    return names
+def layers_of_trace(graph: ModelGraph) -> list[Layer]:
+    """Return the functional calls in a trace, of which only the settings are known."""
+    calls = [node for node in graph.of_effect(Effect.NORM) if node.module is None]
+    return [
+        Layer(call.name, None, "functional", 1e-5, None, None, None, None, None, call.by_batch, not call.by_batch)
+        for call in calls
+    ]

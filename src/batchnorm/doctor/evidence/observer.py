@@ -19,17 +19,17 @@ from torch.nn.modules import module as _hooks
 from torch.overrides import TorchFunctionMode
 
 from ...functional import batch_norm
-from ...inspect.modules import is_norm
+from ...inspect.functions import effect_of_function
+from ...inspect.modules import is_norm, names_of_tensors
+from ...inspect.operators import Effect
 from ...statistics.measured import Measured, mask_over, moments
-from .normalizations import Layer, model_trains, names_of_tensors
-from .recorder import Recorder
+from .normalizations import Layer, model_trains
 
 __all__ = ["Observer", "WrongAxis", "wrong_axis"]
 
 _TORCH_ORDER = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn")
 _SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), batch_norm: inspect.signature(batch_norm)}
 _DROPOUT = inspect.signature(F.dropout)
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 
 Moments = dict[int, tuple[Tensor, Tensor]]  # by id of the layer: mean and unbiased variance
 
@@ -52,7 +52,8 @@ def wrong_axis(layer: Layer, shape: tuple[int, ...]) -> bool:
 class Observer(TorchFunctionMode):
     """Measures one forward after another. `measured` holds the results by the id of the layer.
 
-    `statistics`: "batch", "running" or a dict of fixed moments. Frozen layers always use their running statistics.
+    `statistics`: "batch", "running" or a dict of fixed moments. Frozen layers use their running statistics, unless they
+    are `freed`.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
@@ -60,11 +61,11 @@ class Observer(TorchFunctionMode):
         self.layers = list(layers)
         self.measured: dict[int, Measured] = {}
         self.statistics: str | Moments = "batch"
+        self.freed = False
         self.dropout = False
         self.measuring = True
         self.compared = False  # this batch is also run with dropout on
         self.mask: Tensor | None = None
-        self.recorder: Recorder | None = None
         self._model = model
         self._names = {id(m): name for name, m in model.named_modules()}
         self._tensor_names = names_of_tensors(model)
@@ -93,8 +94,6 @@ class Observer(TorchFunctionMode):
             output = call()
         for key, calls in self._calls.items():
             self.measured[key].calls = max(self.measured[key].calls, calls)
-        if self.recorder is not None:
-            self.recorder.finish(output)
         return output
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -125,23 +124,16 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SIGNATURES or func is torch.batch_norm:
             return self._batch_norm(func, args, kwargs)
-        if func in _DROPOUTS:
+        if effect_of_function(func) is Effect.DROPOUT:
             return self._dropout(func, args, kwargs)
-        output = func(*args, **kwargs)
-        if self.recorder is not None:
-            self.recorder.note(func, args, kwargs, output, self._scope(), self._stack[-1] if self._stack else None)
-        return output
+        return func(*args, **kwargs)
 
     def _scope(self) -> str:
         return self._names[id(self._stack[-1])] if self._stack else ""
 
     def _dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
         bound = dict(_DROPOUT.bind(*args, **kwargs).arguments)
-        p = float(bound.get("p", 0.5))
-        output = func(**{**bound, "training": self.dropout and p > 0, "inplace": False})
-        if self.recorder is not None:
-            self.recorder.note_dropout(bound["input"], output, p, self._scope() or func.__name__)
-        return output
+        return func(**{**bound, "training": self.dropout and float(bound.get("p", 0.5)) > 0, "inplace": False})
 
     def _batch_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = _arguments(func, args, kwargs)
@@ -161,8 +153,6 @@ class Observer(TorchFunctionMode):
         if self.measuring:
             seen.note_range(input)
             seen.note_range(output)
-        if self.recorder is not None:
-            self.recorder.note_batch_norm(call["input"], output, layer, call.get("feature_axis", 1))
         return output
 
     def _check_axis(self, layer: Layer, input: Tensor) -> None:
@@ -173,28 +163,28 @@ class Observer(TorchFunctionMode):
         self, seen: Measured, input: Tensor, mean: Tensor, var: Tensor, count: int, own_mask: Tensor | None
     ) -> None:
         if self.dropout:
-            seen.dropped.add(mean, var, count)
+            seen.dropout_on.add(mean, var, count)
         if not self.measuring:
             return
         seen.add(input, mean, var, count)
         if self.compared:
-            seen.kept.add(mean, var, count)
+            seen.dropout_off.add(mean, var, count)
         if own_mask is not None:
             seen.masked_calls += 1
         elif self.mask is not None:
-            real = mask_over(self.mask, input)
-            if real is None:
-                # As many rows as real positions: the model removed the padding before this layer.
+            valid = mask_over(self.mask, input)
+            if valid is None:
+                # As many rows as valid pixels: the model removed the padding before this layer.
                 seen.misfits += int(input.size(0) != int(self.mask.sum()))
             else:
-                seen.real.add(*moments(input, real))
-                seen.every.add(mean, var, count)
+                seen.valid_pixels.add(*moments(input, valid))
+                seen.all_pixels.add(mean, var, count)
 
     def _choose(self, layer: Layer, call: dict[str, Any], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         running = (call.get("running_mean"), call.get("running_var"))
         if running[0] is None or running[1] is None:
             return mean, var
-        if layer.frozen or self.statistics == "running":
+        if (layer.frozen and not self.freed) or self.statistics == "running":
             return (mean, var) if call.get("training", False) else (running[0], running[1])
         if isinstance(self.statistics, dict):
             return self.statistics.get(id(layer), (running[0], running[1]))
@@ -205,12 +195,12 @@ class Observer(TorchFunctionMode):
         """Return the layer of a call: that of the module around it, that of its tensors, or a new functional one."""
         if self._stack and is_norm(self._stack[-1]):
             return self._by_module[id(self._stack[-1])]
-        tensor = call.get("running_mean") if call.get("running_mean") is not None else call.get("weight")
-        if id(tensor) in self._by_tensor:
-            return self._by_tensor[id(tensor)]
         scope = self._scope()
         key = (scope, self._ordinals[scope])
         self._ordinals[scope] += 1
+        tensor = call.get("running_mean") if call.get("running_mean") is not None else call.get("weight")
+        if id(tensor) in self._by_tensor:
+            return self._by_tensor[id(tensor)]
         if key not in self._functional:
             layer = self._functional_layer(scope, key[1], call)
             self._functional[key] = layer

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError, quote_error
+from ...inspect.from_run import graph_of_run
+from ...inspect.graph import ModelGraph
+from ...inspect.operators import Effect
+from ...inspect.reading import decided
 from ...inspect.untouched import preserved
 from ...statistics.measured import Measured
 from .comparison import Answers, Comparison, compare
 from .distance import Distance, distance
 from .input_batches import Batch
-from .model_graph import Graph
-from .normalizations import Layer, model_trains, names_of_tensors
+from .normalizations import Layer, model_trains
 from .observer import Moments, Observer, WrongAxis
-from .recorder import Recorder
 
 __all__ = ["SAMPLES_NEEDED", "Measurements", "measure"]
 
@@ -33,10 +35,11 @@ class Measurements:
     """What the passes measured. `layers` has the functional ones too; both dicts are by the id of the layer."""
 
     layers: list[Layer]
-    graph: Graph
+    graph: ModelGraph | None = None
     measured: dict[int, Measured] = field(default_factory=dict)
     distances: dict[int, Distance] = field(default_factory=dict)
     comparison: Comparison | None = None
+    freed: Comparison | None = None  # as if the frozen layers were not
     wrong_axis: WrongAxis | None = None
     batches: int = 0
     samples: int = 0
@@ -81,32 +84,30 @@ class _Passes:
         self.model, self.batches, self.masks = model, batches, masks
         self.trains = model_trains(model)
         self.observer = Observer(model, layers)
-        self.recorder = Recorder(names_of_tensors(model))
-        self.answers = Answers()
+        self.answers: list[Answers] = []  # of each batch, with its own statistics
         samples = sum(batch.size for batch in batches)
-        self.result = Measurements(layers, self.recorder.graph, batches=len(batches), samples=samples)
+        self.result = Measurements(layers, batches=len(batches), samples=samples)
 
     def run(self, compare_ways: bool, try_dropout: bool, spent: int) -> None:
-        left = 3 * len(self.batches) - spent - len(self.batches)
-        self.observer.recorder = self.recorder
+        left = 3 * len(self.batches) - spent - len(self.batches) - 1  # one for the graph
         self._first(self.batches[0])
-        self.observer.recorder = None
         dropped = 0
         if try_dropout and self._dropout_before_norm():
             dropped = min(len(self.batches), _DROPOUT_BATCHES, left if not compare_ways else max(0, left - 1))
-        compared = self._batches_to_compare(compare_ways, left - dropped)
         for number, batch in enumerate(self.batches):
             self.observer.compared = number < dropped
-            output = self._forward(batch, number)
-            if number < compared:
-                self.answers.add(output, batch.target)
+            self.answers.append(Answers())
+            self.answers[-1].add(self._forward(batch, number), batch.target)
         self._with_dropout(dropped)
-        self._compare(compared)
+        if self.result.samples >= SAMPLES_NEEDED:
+            self._compare(left - dropped if compare_ways else 0)
 
     def _first(self, batch: Batch) -> None:
-        """Run the first batch under the recorder. It is measured here and not run again."""
+        """Run the first batch. It is measured here, and run again only for the graph."""
         self.observer.compared = True
         self._kept_output = self._run(batch, 0)
+        example = batch.kwargs or batch.args
+        self.result.graph = decided(graph_of_run(self.model, example, "diagnose"), self.model, example)
 
     def _forward(self, batch: Batch, number: int) -> object:
         return self._kept_output if number == 0 else self._run(batch, number)
@@ -124,14 +125,8 @@ class _Passes:
             ) from error
 
     def _dropout_before_norm(self) -> bool:
-        graph = self.recorder.graph
-        return any(node.p > 0 and graph.first_norms_after(node) for node in graph.of_kind("dropout"))
-
-    def _batches_to_compare(self, wanted: bool, left: int) -> int:
-        if not wanted or self.result.samples < SAMPLES_NEEDED:
-            return 0
-        # With one batch, recalibrated statistics are those of the batch. So one pass is enough.
-        return min(1, left) if len(self.batches) == 1 else max(0, min(len(self.batches), left // 2))
+        assert self.result.graph is not None
+        return any(node.p > 0 and node.first_norms() for node in self.result.graph.of_effect(Effect.DROPOUT))
 
     def _with_dropout(self, batches: int) -> None:
         self.observer.dropout, self.observer.measuring = True, False
@@ -139,28 +134,49 @@ class _Passes:
             self._run(batch, number)
         self.observer.dropout = False
 
-    def _compare(self, batches: int) -> None:
-        """Compare the three statistics, where those of some layer are away."""
-        if not self.result.samples >= SAMPLES_NEEDED:
-            return
-        recalibrated: Moments = {}
+    def _compare(self, left: int) -> None:
+        """Compare the three statistics, where those of some layer are away; and once more for frozen layers, as if they
+        were not frozen, because only the answers tell whether they should be."""
+        population = self._population()
         for layer in self.observer.layers:
-            seen = self.observer.measured.get(id(layer))
-            if seen is None or not seen.pooled.count:
-                continue
-            recalibrated[id(layer)] = (seen.pooled.mean, seen.pooled.unbiased)
-            found = distance(layer, seen, self.trains)
+            found = distance(layer, self.observer.measured[id(layer)], self.trains) if id(layer) in population else None
             if found is not None:
                 self.result.distances[id(layer)] = found
-        if not batches or not any(found.away for found in self.result.distances.values()):
-            return
-        running = self._answers("running", batches)
-        again = self.answers if len(self.batches) == 1 else self._answers(recalibrated, batches)
-        judged = sum(batch.size for batch in self.batches[:batches])
-        self.result.comparison = compare(self.answers, running, again, judged)
+        away = [layer for layer in self.observer.layers if self._away(layer)]
+        ways = [frozen for frozen in (False, True) if any(layer.frozen == frozen for layer in away)]
+        # With one batch, recalibrated statistics are those of the batch. So one pass a comparison is enough.
+        needed = len(ways) * (1 if len(self.batches) == 1 else 2)
+        batches = min(len(self.batches), left // needed) if needed and left > 0 else 0
+        held = Answers.pooled(self.answers[:batches])
+        if batches and False in ways:
+            running = self._answers("running", batches)
+            again = held if len(self.batches) == 1 else self._answers(population, batches)
+            self.result.comparison = self._compared(held, running, again, batches)
+            held = again
+        if batches and True in ways:
+            self._compare_freed(held, batches)
 
-    def _answers(self, statistics: str | Moments, batches: int) -> Answers:
-        self.observer.statistics, self.observer.measuring = statistics, False
+    def _compare_freed(self, held: Answers, batches: int) -> None:
+        measured, self.observer.measured, self.observer.freed = self.observer.measured, {}, True
+        free = self._answers("batch", batches, measuring=True)
+        again = free if len(self.batches) == 1 else self._answers(self._population(), batches)
+        self.result.freed = self._compared(free, held, again, batches)
+        self.observer.measured, self.observer.freed = measured, False
+
+    def _compared(self, batch: Answers, running: Answers, again: Answers, batches: int) -> Comparison | None:
+        return compare(batch, running, again, sum(one.size for one in self.batches[:batches]))
+
+    def _population(self) -> Moments:
+        """The moments of everything that each layer was given."""
+        seen = self.observer.measured.items()
+        return {key: (one.pooled.mean, one.pooled.unbiased) for key, one in seen if one.pooled.count}
+
+    def _away(self, layer: Layer) -> bool:
+        found = self.result.distances.get(id(layer))
+        return found is not None and found.away > 0
+
+    def _answers(self, statistics: str | Moments, batches: int, measuring: bool = False) -> Answers:
+        self.observer.statistics, self.observer.measuring = statistics, measuring
         answers = Answers()
         for number, batch in enumerate(self.batches[:batches]):
             answers.add(self._run(batch, number), batch.target)

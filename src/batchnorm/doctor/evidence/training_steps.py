@@ -17,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import UserError, quote_error
 from ...functional import batch_norm
+from ...inspect.from_run import tensors_in
+from ...inspect.modules import names_of_tensors
 from ...inspect.untouched import Preserved, preserved
 from .input_batches import Batch, copied
-from .normalizations import Layer, names_of_tensors
+from .normalizations import Layer, find_layers
+from .second_models import models_of
 
 __all__ = ["Training", "Updates", "in_backward", "watch_steps"]
 
@@ -39,6 +42,8 @@ class Updates:
     in_forward: int = 0  # with gradients enabled
     without_gradient: int = 0
     recomputed: int = 0
+    unused: int = 0  # in forwards that no gradient was taken of
+    repeated: int = 0  # calls in a backward, whether they moved anything or not
     # pairs (state of the parameters, number of backward passes before it)
     passes: set[tuple[int, int]] = field(default_factory=set)
 
@@ -73,7 +78,7 @@ def watch_steps(
     """
     budget = max(2, min(_STEPS, 2 * len(batches)))
     with preserved(model, [optimizer] if optimizer is not None else [], gradients=True) as kept:
-        watch = _Watch(model, layers, kept)
+        watch = _Watch(model, layers, kept, models_of(step))
         with watch.attached():
             for number in range(budget):
                 batch = batches[number % len(batches)]
@@ -86,15 +91,17 @@ def watch_steps(
                         f"{batch.shapes()}, pass a step that takes one batch as it stands in batches"
                     ) from error
                 watch.result.steps += 1
+    watch.finish()
     return watch.result
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, model: nn.Module, layers: list[Layer], kept: Preserved) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], kept: Preserved, others: dict[str, nn.Module]) -> None:
         super().__init__()
         self.result = Training()
         self._model, self._kept = model, kept
         self._layers = {id(layer.module): layer for layer in layers if layer.module is not None}
+        self._known = {id(module) for module in model.modules()}
         self._names = names_of_tensors(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._before: dict[int, Tensor] = {}
@@ -104,6 +111,11 @@ class _Watch(TorchFunctionMode):
         self._state = 0
         self._fingerprint: list[float] = []
         self._anchor: int | None = None  # the first key that updates; its updates look at the parameters
+        self._depth = 0
+        self._undecided: list[Updates] = []  # of the outermost call now, whose result decides
+        self._waiting: list[tuple[Updates, list[bool]]] = []  # whether a gradient reached the result
+        for name, other in others.items():
+            self._adopt(other, name)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -118,7 +130,21 @@ class _Watch(TorchFunctionMode):
         self._optimizers.add(id(optimizer))
         self.result.optimizers = len(self._optimizers)
 
+    def _adopt(self, module: nn.Module, name: str) -> None:
+        """Watch and keep a module that is no part of the model: a teacher, a generator, a wrapper around the model."""
+        if id(module) in self._known:
+            return
+        self._kept.add_model(module, gradients=True)
+        self._known |= {id(part) for part in module.modules()}
+        for layer in find_layers(module):
+            layer.name = ".".join(filter(None, (name, layer.name)))
+            self._layers.setdefault(id(layer.module), layer)
+        for key, tensor in names_of_tensors(module).items():
+            self._names.setdefault(key, f"{name}.{tensor}")
+
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+        self._adopt(module, type(module).__name__)
         if module is self._model and not in_backward():
             self.result.forwards += 1
         layer = self._layers.get(id(module))
@@ -129,13 +155,17 @@ class _Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         layer = self._layers.get(id(module))
-        if layer is None:
-            return
-        self._inside -= 1
-        before = self._before.pop(id(module), None)
-        after = module.running_mean
-        if before is not None and isinstance(after, Tensor) and not torch.equal(before, after):
-            self._note(id(layer), layer.name)
+        if layer is not None:
+            self._inside -= 1
+            before = self._before.pop(id(module), None)
+            after = module.running_mean
+            if before is not None and isinstance(after, Tensor) and not torch.equal(before, after):
+                self._note(id(layer), layer.name, output)
+            if in_backward() and id(layer) in self.result.updates:
+                self.result.updates[id(layer)].repeated += 1
+        self._depth -= 1
+        if not self._depth:
+            self._decide(output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,21 +192,51 @@ class _Watch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if before is not None and not torch.equal(before, mean):
             self._functional_means[id(mean)] = mean
-            self._note(id(mean), self._names.get(id(mean), "batch_norm"))
+            self._note(id(mean), self._names.get(id(mean), "batch_norm"), output)
+            if not self._depth:
+                self._decide(None)
         return output
 
-    def _note(self, key: int, name: str) -> None:
+    def _note(self, key: int, name: str, output: Any) -> None:
         updates = self.result.updates.setdefault(key, Updates(name))
         if in_backward():
             updates.recomputed += 1
         elif not torch.is_grad_enabled():
             updates.without_gradient += 1
+            updates.unused += 1
         else:
+            self._wait_for_gradient(updates, output)
             updates.in_forward += 1
             self._anchor = key if self._anchor is None else self._anchor
             if key == self._anchor:
                 self._look_at_parameters()
             updates.passes.add((self._state, self.result.backwards))
+
+    def _wait_for_gradient(self, updates: Updates, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            self._undecided.append(updates)  # its input is data and nothing in it learns, or nothing behind it does
+            return
+        reached: list[bool] = []
+        output.register_hook(lambda gradient: reached.append(True))
+        self._waiting.append((updates, reached))
+
+    def _decide(self, output: Any) -> None:
+        """The outermost call ends. Where its result has no gradient, none is taken of what it called."""
+        if not any(tensor.requires_grad for tensor in tensors_in(output)):
+            for updates in self._undecided:
+                updates.unused += 1
+        self._undecided.clear()
+
+    def finish(self) -> None:
+        """Count the forwards that no gradient was taken of: none came, though there were backwards, or it was detached.
+
+        A forward that a backward repeats has its gradient from the repetition.
+        """
+        if any(reached for _, reached in self._waiting):
+            for updates in (updates for updates, reached in self._waiting if not reached):
+                updates.unused += 1
+        for updates in self.result.updates.values():
+            updates.unused = max(0, updates.unused - max(updates.repeated, updates.recomputed))
 
     def _look_at_parameters(self) -> None:
         """Count a new state of the parameters by their values. Version counters miss an update through `.data`."""

@@ -41,16 +41,15 @@ def redundant_bias(evidence: Evidence) -> Iterator[Found]:
     assert evidence.graph is not None
     seen: set[int] = set()
     for layer, norm in evidence.graph.directly_normalized():
-        bias = layer.bias
-        if bias is None or id(bias) in seen or norm.owner.frozen:
-            continue
-        if layer.shape is not None and layer.feature_axis != 1:  # the normalization is over another axis
+        bias, owner = layer.bias, evidence.layer_of(norm)
+        if not isinstance(bias, nn.Parameter) or id(bias) in seen or (owner is not None and owner.frozen):
             continue
         if not bias.requires_grad and not nn.parameter.is_lazy(bias) and not bias.any():
             continue  # it is held at 0, so nothing is lost
         seen.add(id(bias))
+        weight = next(iter(layer.tensors), "")  # of a layer that is called as a function
         yield Found(
-            layer.name,
+            weight.removesuffix("weight").removesuffix(".") or layer.name,
             f"its bias is subtracted again by {norm.name} with the batch's mean and gets no gradient",
             {"parameters": 0 if nn.parameter.is_lazy(bias) else bias.numel(), "normalized_by": norm.name},
         )

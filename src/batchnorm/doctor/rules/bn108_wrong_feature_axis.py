@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...inspect.operators import Effect
 from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
@@ -25,16 +26,17 @@ def wrong_feature_axis(evidence: Evidence) -> Iterator[Found]:
             {"axis_1": wrong.shape[1], "last_axis": wrong.shape[-1], "num_features": wrong.layer.num_features},
             severity="error",
         )
-    seen: set[int] = set()
-    for node in evidence.measurements.graph.of_kind("batch_norm"):
-        shape = node.shape
-        if shape is None or len(shape) < 3 or node.feature_axis in (None, 1) or id(node.owner) in seen:
+    seen: set[str] = set()
+    for node in evidence.graph.of_effect(Effect.NORM) if evidence.graph is not None else ():
+        shape = node.input.shape if node.input is not None else ()
+        axis = node.channel_axis(len(shape))
+        if len(shape) < 3 or node.feature_axis in (None, axis) or axis is None or node.name in seen:
             continue
-        seen.add(id(node.owner))
+        seen.add(node.name)
         yield Found(
             node.name,
-            f"its input {shape} comes from a layer with its features on axis {node.feature_axis}, but axis 1, of the "
-            "same length as num_features by chance, is normalized",
-            {"axis_1": shape[1], "last_axis": shape[-1], "num_features": node.owner.num_features},
+            f"its input {shape} comes from a layer with its features on axis {node.feature_axis}, but axis {axis}, of "
+            "the same length as num_features by chance, is normalized",
+            {f"axis_{axis}": shape[axis], "last_axis": shape[-1], "num_features": shape[axis]},
             severity="error",
         )

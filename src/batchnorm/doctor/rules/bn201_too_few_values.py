@@ -8,7 +8,7 @@ from torch import nn
 
 from ...statistics.measured import Measured
 from ..evidence.needs import Evidence, NotExamined
-from ..evidence.normalizations import Layer
+from ..evidence.normalizations import Layer, layers_of_trace
 from ..evidence.ranks import world_size
 from ..rule import Found, rule
 
@@ -76,7 +76,7 @@ def _of_loader(evidence: Evidence, live: list[tuple[Layer, Measured]]) -> Iterat
         raise NotExamined("the loader has no fixed batch size to look at")
     layers = evidence.layers
     if not layers and evidence.graph is not None:  # functional calls, which only a trace shows
-        layers = [node.owner for node in evidence.graph.of_kind("batch_norm")]
+        layers = layers_of_trace(evidence.graph)
     norms = [layer for layer in layers if not layer.frozen and (layer.training or not evidence.trains)]
     if not norms:
         return

@@ -6,6 +6,7 @@ from ..change import request_recalibration
 from ..evidence.comparison import Comparison
 from ..evidence.distance import Distance
 from ..evidence.needs import Evidence, NotExamined
+from ..evidence.normalizations import Layer
 from ..rule import Found, rule
 
 # Share of channels from which a layer counts as away. One odd channel in a hundred proves nothing.
@@ -27,17 +28,34 @@ _RECOVERED = 0.5
     repair=request_recalibration,
 )
 def train_eval_gap(evidence: Evidence) -> Iterator[Found]:
-    assert evidence.measurements is not None
-    distances = evidence.measurements.distances
-    found = [(layer, distances[id(layer)]) for layer in evidence.layers if id(layer) in distances]
-    away = [(layer, d) for layer, d in found if d.away]
-    if away and evidence.measurements.comparison is None and not any(d.failing >= _SHARE for _, d in away):
+    measurements = evidence.measurements
+    assert measurements is not None
+    found = [(layer, measurements.distances.get(id(layer))) for layer in evidence.layers]
+    away = [(layer, d) for layer, d in found if d is not None and d.away]
+    live = [(layer, d) for layer, d in away if not layer.frozen]
+    comparison = measurements.comparison
+    if live and comparison is None and not any(d.failing >= _SHARE for _, d in live):
         raise NotExamined("statistics differ, but no forward pass was left, or no answer came, to compare by")
-    comparison = evidence.measurements.comparison
-    for layer, d in away:
+    for layer, d in live:
         severity = _severity(d, comparison)
         if severity is not None:
             yield Found(layer.name, _message(d, comparison), _evidence(d, comparison), severity=severity)
+    yield from _frozen([(layer, d) for layer, d in away if layer.frozen], measurements.freed, bool(live))
+
+
+def _frozen(away: list[tuple[Layer, Distance]], freed: Comparison | None, others: bool) -> Iterator[Found]:
+    """Layers that are held at statistics which are not these batches', which may be meant: the targets decide."""
+    if away and not others and (freed is None or not freed.judged):
+        raise NotExamined(
+            "frozen statistics are away from these batches': pass targets, to tell whether it costs anything"
+        )
+    if freed is None or not freed.costs or freed.effect <= _EFFECT or freed.recovered < _RECOVERED:
+        return
+    for layer, d in away:
+        if d.away >= _SHARE:
+            fix = "batchnorm.unfreeze(model), then batchnorm.recalibrate(model, batches)"
+            text = f"it is frozen, and {_message(d, freed)}"
+            yield Found(layer.name, text, _evidence(d, freed), severity="error", fix=fix)
 
 
 def _severity(d: Distance, comparison: Comparison | None) -> str | None:

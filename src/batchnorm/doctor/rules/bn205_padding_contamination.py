@@ -24,11 +24,11 @@ def padding_contamination(evidence: Evidence) -> Iterator[Found]:
     observed = evidence.observed()
     for layer, seen in observed:
         misfits += bool(seen.misfits)
-        if layer.frozen or not seen.real.count or seen.real.count == seen.every.count:
+        if layer.frozen or not seen.valid_pixels.count or seen.valid_pixels.count == seen.all_pixels.count:
             continue
         shift, log2 = _contamination(seen, layer.eps)
         if not (shift <= _MEAN and log2 <= _LOG2):  # also true where padding holds NaN
-            share = 1 - seen.real.count / seen.every.count
+            share = 1 - seen.valid_pixels.count / seen.all_pixels.count
             yield Found(
                 layer.name,
                 f"{share:.0%} of the positions in its statistics are padding",
@@ -40,7 +40,7 @@ def padding_contamination(evidence: Evidence) -> Iterator[Found]:
 
 def _contamination(seen: Measured, eps: float) -> tuple[float, float]:
     """Return the root mean square over channels of the shift of the mean and of the log2 ratio of the variance."""
-    real = seen.real.var + eps
-    shift = ((seen.every.mean - seen.real.mean) / real.sqrt()).square().mean().sqrt()
-    log2 = ((seen.every.var + eps) / real).log2().square().mean().sqrt()
+    valid = seen.valid_pixels.var + eps
+    shift = ((seen.all_pixels.mean - seen.valid_pixels.mean) / valid.sqrt()).square().mean().sqrt()
+    log2 = ((seen.all_pixels.var + eps) / valid).log2().square().mean().sqrt()
     return float(shift), float(log2)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from ..evidence.needs import Evidence
 from ..rule import Found, rule
 
+_KEEP = "give the layer running statistics (track_running_stats=True), recalibrate the model, and export it again"
+
 
 @rule(
     "BN401",
@@ -19,13 +21,15 @@ def training_mode_export(evidence: Evidence) -> Iterator[Found]:
     assert evidence.file is not None
     found = [n for n in evidence.file.normalizations if n.training]
     for normalization in found:
+        cause = "" if normalization.tracks else "it keeps no running statistics, in evaluation neither: "
         yield Found(
             normalization.name,
-            f"batch statistics are built into this {evidence.file.origin}: answers depend on the rest of the batch",
+            f"{cause}batch statistics are built into this {evidence.file.origin}: answers depend on the batch",
             {
                 "operator": normalization.operator,
                 "in_training_mode": len(found),
                 "of": len(evidence.file.normalizations),
             },
             severity="error",
+            fix=None if normalization.tracks else _KEEP,
         )

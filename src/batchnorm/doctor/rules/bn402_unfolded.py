@@ -13,7 +13,6 @@ from ..rule import Found, rule
     summary="A batch normalization that could be folded into the layer beside it costs time in deployment.",
     order=240,
     needs=("graph or file",),
-    wants=("folding",),
     fix="batchnorm.fold(model, example_inputs)",
     false_alarm="the model is evaluated between epochs and trains on",
 )
@@ -25,11 +24,10 @@ def unfolded(evidence: Evidence) -> Iterator[Found]:
         return
     if evidence.trains and evidence.layers:
         raise NotExamined("the model is in training mode, not one to deploy")
-    if evidence.fold_graph is None:
+    if evidence.graph is None:
         return
-    for norm, target in foldable(evidence.fold_graph):
-        assert target.layer is not None
-        yield _found(norm.name, target.layer.name)
+    for norm, target in foldable(evidence.graph):
+        yield _found(norm.name, target.name)
 
 
 def _found(name: str, layer: str) -> Found:
