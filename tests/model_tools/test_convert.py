@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import batchnorm
 from batchnorm.errors import UserError
 from batchnorm.model_tools import convert, revert
-from batchnorm.model_tools.freeze import is_frozen
+from batchnorm.model_tools.freeze import is_frozen, unfreeze
 
 from .nets import PreActivation, Residual
 
@@ -228,6 +228,41 @@ def test_torchvisions_frozen_layer_becomes_a_frozen_one_of_ours():
     assert revert(model)[0] is original
 
 
+class CountedFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """As detectron2's converter makes them: the counter of the layer before is handed on."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("num_batches_tracked", torch.tensor(7))
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, CountedFrozenBatchNorm2d])
+@pytest.mark.parametrize("thawed", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_converted_frozen_layer_takes_an_ordinary_checkpoint(kind, thawed, assign):
+    """Also after a copy, another conversion and `unfreeze`; and the way back hands on what was loaded."""
+    ordinary, x = nn.Sequential(nn.BatchNorm2d(3, eps=1e-4)).double().eval(), torch.randn(2, 3, 4, 4).double()
+    ordinary[0].running_mean.normal_()
+    model = copy.deepcopy(convert(nn.Sequential(kind(3)))).double()
+    convert(model, nonfinite="skip")
+    convert(model, nonfinite="propagate")
+    if thawed:
+        unfreeze(model)
+    keys = list(model.state_dict())
+    model.load_state_dict(ordinary.state_dict(), assign=assign)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model.eval()(x), ordinary(x))
+    assert type(revert(model)[0]) is kind
+    torch.testing.assert_close(model(x), ordinary(x))
+
+
+def test_a_counter_of_a_frozen_layer_stays():
+    model = convert(nn.Sequential(CountedFrozenBatchNorm2d(3)))
+    assert is_frozen(model[0])
+    model.train()(torch.randn(2, 3, 4, 4))
+    assert model.state_dict()["0.num_batches_tracked"] == 7
+
+
 class DetrFrozenBatchNorm2d(FrozenBatchNorm2d):
     """As in transformers: ε stands in the forward."""
 
@@ -255,6 +290,17 @@ def test_a_frozen_layer_that_does_more_is_left_alone_and_named():
     with pytest.warns(UserWarning, match=r"left alone.*0 \(.*DetrFrozenBatchNorm2d\)"):
         convert(model)
     assert type(model[0]) is DetrFrozenBatchNorm2d
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_part_in_torchscript_is_left_alone_and_named():
+    """Its tables are no dicts of Python's, and its class has no forward to look at."""
+    part = torch.jit.trace(nn.BatchNorm2d(3).eval(), torch.randn(2, 3, 4, 4))
+    model, x = nn.Sequential(part, nn.ReLU()), torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match=r"left alone: 0 \("):
+        assert convert(model) is model
+    assert model[0] is part
+    torch.testing.assert_close(model(x), part(x).relu())
 
 
 def test_an_activation_of_its_own_becomes_a_sequential():

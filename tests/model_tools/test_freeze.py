@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 import batchnorm
 from batchnorm.errors import UserError
@@ -131,3 +132,25 @@ def test_a_converted_frozen_layer_stays_frozen():
     unfreeze(model)
     assert type(model[1]) is batchnorm.BatchNorm1d
     assert [m.training for m in model.modules() if isinstance(m, _BatchNorm)] == [True]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_what_a_parametrized_weight_is_computed_from_is_held_too():
+    model = net()
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    original = model[1].parametrizations.weight.original
+    original.grad = torch.ones_like(original)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    freeze(model)
+    before = original.detach().clone()
+    assert not original.requires_grad
+    for _ in range(2):
+        train_a_step(model, optimizer)
+    torch.testing.assert_close(original.detach(), before, rtol=0, atol=0)
+    unfreeze(model)
+    assert original.requires_grad
+    assert torch.equal(original.grad, torch.ones_like(original))

@@ -86,6 +86,8 @@ ACTIVATIONS = {
     "behind a view": (lambda m, y: y.flatten(2).transpose(1, 2).relu(), ""),
     "behind a view, in place": (lambda m, y: y.flatten(2).relu_() + 1, "relu"),
     "behind a view, written out": (lambda m, y: (v := y.transpose(1, 3)) * v.sigmoid(), "silu"),
+    "behind a movedim": (lambda m, y: y.movedim(1, -1).tanh(), "tanh"),
+    "behind a copy": (lambda m, y: y.clone().relu_(), "relu"),
     "behind a view that is read twice": (lambda m, y: (v := y.flatten(2)).relu() + v, ""),
     "behind a view that is written": (lambda m, y: (v := y.flatten(2), v.mul_(2), v.relu())[2], ""),
     # None of these is one of ours, or has its derivative (torch's hardsigmoid takes 1/6 in float32):
@@ -188,11 +190,20 @@ def test_residuals_and_what_forbids_them(tail, expected, training):
     assert sorted(words(run(tail, training))) == expected
 
 
-def test_an_input_that_is_written_before_the_addition_was_read_before_it():
+def whole(h: Tensor) -> None:
+    h += 1
+
+
+def part(h: Tensor) -> None:
+    h[0] = 7
+
+
+@pytest.mark.parametrize("write", [whole, part, lambda h: h.add_(1), lambda h: torch.add(h, 1, out=h)])
+def test_an_input_that_is_written_before_the_addition_was_read_before_it(write):
     def tail(m: Net, x: Tensor) -> Tensor:
         h = m.conv(x)
         out = m.norm(h)
-        h += 1
+        write(h)
         return (out + m.down(x)).relu()
 
     model, x = Net(tail).double(), torch.randn(4, 3, 5, 5).double()

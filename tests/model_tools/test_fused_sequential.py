@@ -167,3 +167,17 @@ def test_revert_gives_back_a_composite_as_a_sequential_with_the_same_keys():
     torch.testing.assert_close(model["a"](x), want)
     root = batchnorm.BatchNormAct2d(3)
     assert type(revert(root)[0]) is nn.BatchNorm2d
+
+
+def test_revert_keeps_a_composites_hooks_and_what_a_user_put_on_it():
+    model = nn.Sequential(batchnorm.BatchNormAct2d(3, "silu"))
+    handle = model[0].register_forward_hook(lambda module, args, out: out * 0.5)
+    model[0].note = "mine"
+    x = torch.randn(2, 3, 4, 4)
+    want = model(x)
+    revert(model)
+    torch.testing.assert_close(model(x), want)
+    assert model[0].note == "mine"
+    assert not hasattr(model[0], "inplace")
+    handle.remove()
+    torch.testing.assert_close(model(x), want * 2)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import BatchNorm1d, BatchNorm2d, insert
+from batchnorm import BatchNorm1d, BatchNorm2d, insert, strip
 from batchnorm.errors import UserError
 from batchnorm.model_tools.insert import Normalized
 
@@ -174,3 +175,41 @@ def test_buffers_generators_and_gradients_are_left_as_they_were():
     assert torch.equal(model[1].running_mean, mean)
     assert torch.equal(model[0].weight.grad, grad)
     assert normalized(model) == {"3"}
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.one(x) if x.sum() < 1e9 else self.two(x)).relu())
+
+
+@pytest.mark.parametrize("tool", [insert, strip])
+def test_a_layer_that_other_values_may_reach_is_not_passed_over(tool):
+    model, x = Branches(), torch.randn(3, 4)
+    before = repr(model)
+    with pytest.raises(UserError, match="does not reach layer two, and control flow depends on the data"):
+        tool(model, x)
+    assert repr(model) == before
+    tool(model, x, trust_example=True)
+    assert model.two.bias is None
+
+
+def test_siamese_calls_and_what_changes_no_value():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.keep, self.head = nn.Conv2d(3, 4, 1), nn.Identity(), nn.Linear(64, 2)
+
+        def forward(self, x):
+            a, b = (self.keep(self.conv(v)).clone().relu().flatten(1) for v in (x, -x))
+            return self.head(a - b)
+
+    model, x = Net(), torch.randn(3, 3, 4, 4)
+    before = repr(model)
+    insert(model, x)
+    assert [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)] == ["conv.batch_norm"]
+    assert repr(strip(model, x)) == before

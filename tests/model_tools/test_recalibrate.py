@@ -79,6 +79,18 @@ def test_one_pass_uses_the_batches_own_statistics_and_weights_them_by_count():
     torch.testing.assert_close(model[5].running_var, torch.cat(second).var(0))
 
 
+@pytest.mark.parametrize("sizes", [[130], [128, 2]])
+def test_the_biased_variance_is_that_of_exactly_these_data(sizes):
+    """A second recalibration finds nothing to move: the shift too is measured against the variance asked for."""
+    model, x = deep(), data()
+    recalibrate(model, x.split(sizes), unbiased=False)
+    first = model[0](x)
+    torch.testing.assert_close(model[1].running_var, first.var(0, unbiased=False), rtol=1e-12, atol=0)
+    torch.testing.assert_close(model.eval()[1](first).var(0, unbiased=False), 1 - 1e-5 / (model[1].running_var + 1e-5))
+    again = recalibrate(model, x.split(sizes), unbiased=False)
+    assert max(shift.log2_var_max for shift in again.layers.values()) < 1e-12
+
+
 def test_undo_and_the_shift_that_is_reported():
     model, x = deep(), data()
     before = state(model)
@@ -262,3 +274,16 @@ def test_ranks_pool_their_data_exactly(tmp_path):
         assert torch.equal(states[0][key], states[2][key])
         if "running" in key:
             torch.testing.assert_close(states[0][key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_a_model_that_writes_to_its_input_changes_no_batch(layerwise):
+    """Each layer needs the data anew: a second pass would see what the first one wrote."""
+    model = nn.Sequential(nn.SiLU(inplace=True), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    batches = [torch.randn(8, 3, dtype=torch.float64) for _ in range(2)]
+    before = [batch.clone() for batch in batches]
+    recalibrate(model, batches, layerwise=layerwise)
+    torch.testing.assert_close(batches, before, rtol=0, atol=0)
+    seen = torch.nn.functional.silu(torch.cat(batches))
+    torch.testing.assert_close(model[1].running_mean, seen.mean(0))
+    torch.testing.assert_close(model[1].running_var, seen.var(0))

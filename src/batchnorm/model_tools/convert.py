@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -32,6 +31,15 @@ class _AnyBatchNorm(BatchNorm2d):
         nn.SyncBatchNorm._check_input_dim(self, input)  # type: ignore[arg-type]  # it looks at `input` alone
 
 
+class _BufferedBatchNorm2d(BatchNorm2d):
+    """A converted `FrozenBatchNorm2d`, whose γ and β are buffers and which may keep no counter."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.num_batches_tracked is None:  # an ordinary checkpoint holds one, and torchvision's layer drops it
+            state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class _LazyBatchNorm1d(_LazyNormBase, BatchNorm1d):
     cls_to_become = BatchNorm1d
 
@@ -51,6 +59,7 @@ _LAZY: dict[type, type] = {
     nn.LazyBatchNorm3d: _LazyBatchNorm3d,
 }
 _TORCHS = {ours: torchs for kinds in (_OURS, _LAZY) for torchs, ours in kinds.items()}
+_TORCHS[_BufferedBatchNorm2d] = nn.BatchNorm2d
 
 
 @shows_options(*NAMES)
@@ -107,13 +116,18 @@ def _is_our_norm(module: nn.Module) -> bool:
     return thawed_class(type(module)) in _TORCHS or isinstance(module, ForeignNormAct)
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own, or a compiled one, which is bound to it and to its class."""
+    return "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
 def _plan_convert(model: nn.Module, options: dict[str, Any]) -> tuple[dict[nn.Module, nn.Module], list[str]]:
     """What each batch normalization becomes, lazy ones aside, and those that are left alone, with the reason."""
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
         kind = thawed_class(type(module))
-        replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+        replaced = _is_replaced(module)
         if _is_our_norm(module) and kind not in _LAZY.values():
             if options:
                 plan[module] = new = same_insides(module, type(module))
@@ -153,14 +167,14 @@ def _as_ours(module: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 
 def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
-    new: Any = BatchNorm2d(module._buffers["weight"].numel(), eps=eps)  # type: ignore[union-attr]  # frozen_eps saw it
+    new: Any = _BufferedBatchNorm2d(module._buffers["weight"].numel(), eps=eps)  # type: ignore[union-attr]  # frozen_eps saw it
     for name in ("weight", "bias", "num_batches_tracked"):
         delattr(new, name)
     new.register_buffer("num_batches_tracked", None)
     for name, buffer in module._buffers.items():  # γ and β too are buffers there
         new.register_buffer(name, buffer)
     new.training = False
-    new.__class__ = frozen_class(BatchNorm2d)
+    new.__class__ = frozen_class(_BufferedBatchNorm2d)
     new.frozen = True
     new.__dict__.update(_before_freezing={}, _mode_asked=False, _converted_from=(module,))
     return new
@@ -168,8 +182,8 @@ def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
 
 def _fuse_sequentials(root: nn.Module, inplace: bool) -> None:
     for holder in root.modules():
-        whole = "forward" not in holder.__dict__ and holder._compiled_call_impl is None
-        if whole and type(holder).forward is nn.Sequential.forward:
+        whole = not _is_replaced(holder)
+        if whole and getattr(type(holder), "forward", None) is nn.Sequential.forward:  # a ScriptModule's class has none
             fuse_sequential_call(holder, inplace)
 
 
@@ -194,26 +208,47 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         UserError: a layer uses ghost batches, renormalization, domains or another option that torch has not; the model
             is then unchanged.
+
+    Warns:
+        UserWarning: names the modules that are left alone, because their own `forward` was replaced or compiled.
     """
     for name, module in model.named_modules():
         if _is_our_norm(module):
             _check_expressible(name, module)
-    plan: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(module, BatchNormActBase):
-            plan[module] = _as_sequential(module)
-        elif _is_our_norm(module) and type(module) not in _LAZY.values():
-            plan[module] = _as_torchs(module)
+    plan, left = _plan_revert(model)
     done = replace_all(model, plan)
     for composite in plan.values():  # the norms inside them are replaced in their turn
         if isinstance(composite, nn.Sequential):
             replace_all(composite, plan)
     for module in done.root.modules():
+        if _is_replaced(module):
+            continue
         unfuse_sequential(module)
         if type(module) in _LAZY.values():
             module.__class__ = _TORCHS[type(module)]
             drop_own(module)
+    if left:
+        which = ", ".join(f"{name or 'the model'} (its forward was replaced or compiled)" for name in left)
+        warnings.warn(f"revert: left alone: {which}", stacklevel=2)
     return done.root
+
+
+def _plan_revert(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], list[str]]:
+    """What each layer of ours becomes, lazy ones aside, and the names of those that are left alone."""
+    plan: dict[nn.Module, nn.Module] = {}
+    left: list[str] = []
+    for name, module in model.named_modules():
+        if _is_ours(module) and _is_replaced(module):
+            left.append(name)
+        elif isinstance(module, BatchNormActBase):
+            plan[module] = _as_sequential(module)
+        elif _is_our_norm(module) and type(module) not in _LAZY.values():
+            plan[module] = _as_torchs(module)
+    return plan, left
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return _is_our_norm(module) or isinstance(module, (BatchNormActBase, FusedSequential))
 
 
 def _check_expressible(name: str, module: Any) -> None:
@@ -226,14 +261,17 @@ def _check_expressible(name: str, module: Any) -> None:
 
 
 def _as_sequential(module: BatchNormActBase) -> nn.Module:
-    both = nn.Sequential(OrderedDict(module.named_children()))
-    both.training = module.training  # not by .train(): a frozen layer keeps its own mode
+    both: nn.Module = same_insides(module, nn.Sequential)
+    both.__dict__["_modules"] = module._modules.copy()
+    del both.inplace
     return both
 
 
 def _as_torchs(module: Any) -> nn.Module:
     if "_converted_from" in module.__dict__:
         original: nn.Module = module._converted_from[0]
+        # `.to` and loading with assign=True put other tensors into the layer
+        original._buffers.update((name, module._buffers[name]) for name in original._buffers)
         return original
     ours, group = thawed_class(type(module)), module.options.process_group
     torchs = original_class(ours, ForeignNormAct)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,21 +13,19 @@ from torch import Tensor, fx, nn
 
 from ..errors import UserError, quote_error
 from ..inspect.example import copied, run_example
-from ..inspect.folding import fold_target, scale_and_shift, why_not_into, why_stays
-from ..inspect.from_export import Unreadable, graph_of_export
+from ..inspect.folding import fold_target, per_channel_read, scale_and_shift, why_not_into, why_stays
 from ..inspect.from_run import graph_of_run, tensors_in
-from ..inspect.graph import ModelGraph
-from ..inspect.modules import is_norm, names_of
+from ..inspect.graph import GraphNode, ModelGraph
+from ..inspect.modules import is_norm
+from ..inspect.reading import decided
 from ..inspect.untouched import untouched
+from .comparison import TOLERANCES, Comparison, compare
 from .fold_graph import lift
 from .fold_rules import fold_after, fold_before
 from .replace import replace_all
 from .rest import rest_of
 
 __all__ = ["Fold", "FoldReport", "Folded", "fold"]
-
-# Of the largest output: what rounding in the other order of operations amounts to in deep networks.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,15 @@ class Fold:
 
 @dataclass
 class FoldReport:
-    """What `fold` did with each batch normalization, the largest difference of an output on the examples, relative to
-    the largest output, and why, if so, the pairs were not read from the program but seen while the example ran."""
+    """What `fold` did with each batch normalization, and how the result was verified: the largest `difference` of an
+    output on the examples, relative to the largest value of that output, over `compared` floating-point numbers in
+    `outputs` tensors. Where there was none to compare, the result is not `verified` and the difference is NaN."""
 
     entries: list[Fold] = field(default_factory=list)
-    difference: float = 0.0
-    no_program: str = ""
+    difference: float = math.nan
+    compared: int = 0
+    outputs: int = 0
+    not_verified: str = ""  # why there was nothing to compare, where more is known
 
     @property
     def folded(self) -> list[Fold]:
@@ -55,10 +57,16 @@ class FoldReport:
     def stayed(self) -> list[Fold]:
         return [entry for entry in self.entries if entry.into is None]
 
+    @property
+    def verified(self) -> bool:
+        return self.compared > 0
+
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} of {len(self.entries)} folded, outputs differ by {self.difference:.1e}"]
-        if self.no_program:
-            lines.append(f"pairs as seen while the example ran: {self.no_program}")
+        found = f"not verified: {self.not_verified or 'the outputs hold no floating-point number to compare'}"
+        if self.verified:
+            outputs = "one output" if self.outputs == 1 else f"{self.outputs} outputs"
+            found = f"{self.compared:,} numbers in {outputs} differ by {self.difference:.1e} at most"
+        lines = [f"{len(self.folded)} of {len(self.entries)} folded, {found}"]
         for entry in self.entries:
             where = f"into {entry.into}, {entry.reason}" if entry.into is not None else f"stayed: {entry.reason}"
             lines.append(f"{entry.norm or 'the model'}: {where}")
@@ -71,19 +79,30 @@ class Folded(NamedTuple):
 
 
 def fold(
-    model: nn.Module | torch.export.ExportedProgram, example_inputs: Any, *, tolerance: float | None = None
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any,
+    *,
+    tolerance: float | None = None,
+    trust_example: bool = False,
 ) -> Folded:
     """Fold every batch normalization that can be into the Conv, ConvTranspose or Linear before or after it.
 
     With s = γ/√(σ²+ε) and t = β − μ·s, a layer before becomes W[o]·s_o, s·b + t; a layer after becomes W[o, i]·s_i,
-    b + Σ W[o, i]·t_i, and where it pads with zeros, it pads with −t/s instead. An activation or a residual of our
-    layers stays where it is. The pairs come from the program, as `torch.export` writes it down, and where it cannot,
-    from what running the example shows: the normalization reads the very result of the layer, along the same channels,
-    and nothing else reads it; layers that are called several times, share their weight, compute it, or are not the
-    plain classes of torch stay, and the report says so.
+    b + Σ W[o, i]·t_i, and where it pads with zeros, it pads with −t/s instead; a Linear that reads flattened channels
+    has s and t of its channel at each feature. An activation or a residual of our layers stays where it is.
+
+    The pairs are those that running the example shows: the normalization reads the very result of the layer, along
+    the same channels, and nothing else reads it. Layers that are called for something else too, share their weight,
+    compute it, or are not the plain classes of torch stay, and so do those whose result is still held when the forward
+    is over, by whatever holds it; the report says so. Not seen is what another thread reads, and what compiled code
+    reads by an address.
+
+    One run stands for all inputs of its shapes where Python read no value in it that depends on the input, or where
+    `torch.export` takes the model; else control flow may depend on the data, and everything stays. A forward that goes
+    another way for other *shapes*, or other arguments that are no tensors, is folded for those of the example.
 
     The result is verified: both models run on the examples, and a fold after which an output differs by more
-    than the tolerance is taken back.
+    than the tolerance is taken back. Where the outputs hold no floating-point number, the report says "not verified".
 
     Args:
         model: any module, in eval; it is not touched. Or an exported program, whose operators on parameters are made
@@ -92,6 +111,8 @@ def fold(
             dict of keyword arguments.
         tolerance: largest |difference| of an output over the largest |output|; None: 1e-10, 1e-4, 1e-2 and
             5e-2 for float64, float32, float16 and bfloat16.
+        trust_example: True takes the example's way through the model for every input, also where control flow
+            depends on the data.
 
     Returns:
         `Folded(model, report)`: a copy of the model, and a `FoldReport` that names each batch normalization,
@@ -107,13 +128,12 @@ def fold(
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("fold: a scripted model has no layers to fold into; fold the module and script the result")
     reference = _outputs(model, example_inputs)
-    folder = _Folder(model, example_inputs)
+    folder = _Folder(model, example_inputs, trust_example)
     folder.run()
-    difference = folder.difference(reference)
-    if difference > _limit(reference, tolerance):
-        folder = _Folder(model, example_inputs)
-        difference = folder.run_checked(reference, tolerance)
-    return Folded(folder.model, FoldReport(list(folder.entries.values()), difference, folder.no_program))
+    if folder.compare(reference).difference > _limit(reference, tolerance):
+        folder = _Folder(model, example_inputs, trust_example)
+        folder.run_checked(reference, tolerance)
+    return Folded(folder.model, FoldReport(list(folder.entries.values()), *folder.compare(reference)))
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -124,69 +144,57 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
 def _limit(reference: list[Tensor], tolerance: float | None) -> float:
     if tolerance is not None:
         return tolerance
-    return max((_TOLERANCE.get(tensor.dtype, 0.0) for tensor in reference), default=0.0)
+    return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in reference), default=0.0)
 
 
-def _difference(ours: list[Tensor], reference: list[Tensor]) -> float:
-    """The largest |difference| relative to the tensor's largest |value|; infinite where NaN or shapes differ."""
-    if [t.shape for t in ours] != [t.shape for t in reference]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(ours, reference, strict=True):
-        if a.is_complex():
-            a, b = torch.view_as_real(a), torch.view_as_real(b)
-        a, b = a.double(), b.double()
-        finite = b.isfinite()
-        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not a[finite].isfinite().all():
-            return float("inf")
-        if finite.any():
-            scale = b[finite].abs().max().item() or 1.0
-            worst = max(worst, (a[finite] - b[finite]).abs().max().item() / scale)
-    return worst
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A copy of the model; a tensor that an earlier forward left on it, which deepcopy would refuse, is detached."""
+    left = [t for module in model.modules() for t in tensors_in(vars(module)) if t.grad_fn is not None]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in left})
+    except Exception as error:
+        raise UserError(
+            f"fold: {type(model).__name__} cannot be copied: {quote_error(error)}; fold works on a copy, so make "
+            "the model one that copy.deepcopy takes"
+        ) from error
 
 
 class _Folder:
     """Folds in a copy of the model, in rounds: what one round takes out brings other pairs together."""
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
+    def __init__(self, model: nn.Module, example: Any, trust_example: bool) -> None:
         self.example = example
-        try:
-            self.model = copy.deepcopy(model)
-        except Exception as error:
-            raise UserError(
-                f"fold: {type(model).__name__} cannot be copied: {quote_error(error)}; fold works on a copy, so make "
-                "the model one that copy.deepcopy takes"
-            ) from error
+        self.model = _copy_of(model)
         if isinstance(self.model, fx.GraphModule):
             lift(self.model)
         names = [name for name, module in self.model.named_modules() if is_norm(module)]
         self.entries = {name: Fold(name, None, "") for name in names}
         self.refused: dict[str, str] = {}  # folds that did not hold the tolerance
-        self.no_program = ""  # why the pairs come from the example's run
+        seen = graph_of_run(self.model, example, "fold")
+        # Folding changes no control flow, so this is asked once.
+        self.undecided = "" if trust_example else decided(seen, self.model, example).undecided
 
     def run(self) -> None:
         while self.one_round(all_at_once=True) and not all(entry.into is not None for entry in self.entries.values()):
             pass
 
-    def run_checked(self, reference: list[Tensor], tolerance: float | None) -> float:
+    def run_checked(self, reference: list[Tensor], tolerance: float | None) -> None:
         """One fold at a time, each verified; one that breaks the tolerance is taken back and refused."""
         before = copy.deepcopy(self.model)
-        difference = 0.0
         while name := self.one_round(all_at_once=False):
-            now = self.difference(reference)
-            if now <= _limit(reference, tolerance):
-                before, difference = copy.deepcopy(self.model), now
+            now = self.compare(reference).difference
+            if not now > _limit(reference, tolerance):
+                before = copy.deepcopy(self.model)
             else:
                 self.model = copy.deepcopy(before)
                 self.refused[name] = f"folding it changed an output by {now:.1e}, more than the tolerance"
-        return difference
 
-    def difference(self, reference: list[Tensor]) -> float:
-        return _difference(_outputs(self.model, self.example), reference)
+    def compare(self, reference: list[Tensor]) -> Comparison:
+        return compare(_outputs(self.model, self.example), reference)
 
     def one_round(self, all_at_once: bool) -> str:
         """Fold all pairs there are now, or the first; return the name of the last one folded, or ''."""
-        seen = self._read()
+        seen = replace(graph_of_run(self.model, self.example, "fold"), undecided=self.undecided)
         holders = Counter(p for m in self.model.modules() for p in m._parameters.values() if p is not None)
         for call in seen.calls:
             if call.module is not None:
@@ -208,37 +216,29 @@ class _Folder:
             self.entries[function] = Fold(function, None, "called as a function")
         return folded
 
-    def _read(self) -> ModelGraph:
-        """What calls what: by the program itself, and where there is none, by what running the example shows."""
-        if not self.no_program:
-            try:
-                return graph_of_export(self.model, self.example)
-            except Unreadable as error:
-                self.no_program = str(error)
-        return graph_of_run(self.model, self.example, "fold")
-
     def _try(self, name: str, norm: nn.Module, graph: ModelGraph, changed: set[nn.Module]) -> str:
         """Fold the pair, or say why there is none. A layer takes part in one fold a round: its graph is old then."""
         s, t = scale_and_shift(norm)
-        target = fold_target(graph.calls_of(norm)[0], graph, changed, lambda layer: why_not_into(layer.module, s, t))
-        if target.layer is None:
-            return target.reason
-        layer: Any = target.layer.module
-        into = names_of(self.model)[layer]
-        changed.add(layer)
-        if target.before:
-            fold_before(layer, s, t)
-            return self._fold(name, norm, Fold(name, into, "the layer before"))
-        result = fold_after(layer, s, t)
-        padded = result is not layer
-        if padded:
-            replace_all(self.model, {layer: result})
-        how = "the layer after, padded with what the zeros were" if padded else "the layer after"
-        return self._fold(name, norm, Fold(name, into, how))
 
-    def _fold(self, name: str, norm: nn.Module, entry: Fold) -> str:
+        def why_not_after(call: GraphNode) -> str:
+            return why_not_into(call.module, *per_channel_read(call, s, t))
+
+        target = fold_target(graph.calls_of(norm)[0], graph, changed, why_not_after)
+        if not target.layers:
+            return target.reason
+        layers: dict[Any, GraphNode] = {call.module: call for call in target.layers}
+        changed |= layers.keys()
+        how = "the layer before" if target.before else "the layer after"
+        if target.before:
+            for layer in layers:
+                fold_before(layer, s, t)
+        else:
+            results = {layer: fold_after(layer, *per_channel_read(call, s, t)) for layer, call in layers.items()}
+            padded = {layer: result for layer, result in results.items() if result is not layer}
+            replace_all(self.model, padded)
+            how += ", padded with what the zeros were" if padded else ""
         rest = rest_of(norm)
         assert rest is not None  # why_stays saw to it
         self.model = replace_all(self.model, {norm: rest}).root
-        self.entries[name] = entry
+        self.entries[name] = Fold(name, target.name, how)
         return ""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..inspect.operators import node_operator
+
 __all__ = ["lift"]
 
 _CONVS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -16,6 +18,7 @@ _TRANSPOSED: dict[str, Any] = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
 }
+_PRODUCTS = ("addmm", "mm")
 _NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -47,8 +50,8 @@ def lift(gm: fx.GraphModule) -> None:
             if not isinstance(node.meta["val"], tuple | list):
                 node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
-    for node in list(gm.graph.nodes):
-        if node.op == "get_attr" and not node.users:
+    for node in reversed(gm.graph.nodes):
+        if (node.op == "get_attr" or node_operator(node) == "permute") and not node.users:
             gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
@@ -70,11 +73,23 @@ def _reads(node: fx.Node) -> list[fx.Node]:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
+    if node_operator(node) in _PRODUCTS:
+        return _arguments_of_product(node)
     target: Any = node.target
     given = dict(zip([a.name for a in target._schema.arguments], node.args, strict=False)) | node.kwargs
     defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
     named = {name: _path(value) for name, value in (defaults | given).items() if name != "input"}
     return {"input": given.get("input"), **named}
+
+
+def _arguments_of_product(node: fx.Node) -> dict[str, Any]:
+    """A decomposed linear map multiplies by its weight turned over, and the bias comes first; {} for other products."""
+    *bias, given, turned = node.args
+    over = isinstance(turned, fx.Node) and node_operator(turned) == "permute" and turned.args[1] == [1, 0]
+    if not over or node.kwargs:
+        return {}
+    weight = turned.args[0]  # type: ignore[union-attr]  # over says that it is a node
+    return {"input": given, "weight": _path(weight), "bias": _path(bias[0]) if bias else None}
 
 
 def _path(value: Any) -> Any:
@@ -110,7 +125,7 @@ def _module(gm: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> nn.Module |
 
 def _empty(node: fx.Node, a: dict[str, Any], held: dict[str, Any]) -> Any:
     weight, bias = held["weight"], held["bias"] is not None
-    op = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]  # an OpOverload, as lift checked
+    op = node_operator(node)
     evaluating = op == "_native_batch_norm_legit_no_training" or (op == "batch_norm" and not a["training"])
     if evaluating and held["running_mean"] is not None:
         kind = _NORMS.get(_result(node).dim())
@@ -120,7 +135,9 @@ def _empty(node: fx.Node, a: dict[str, Any], held: dict[str, Any]) -> Any:
         return module
     if weight is None:
         return None
-    if op == "linear":
+    if op in _PRODUCTS and bias and held["bias"].shape != weight.shape[:1]:
+        return None
+    if op == "linear" or op in _PRODUCTS:
         return nn.Linear(weight.shape[1], weight.shape[0], bias)
     kernel, groups = tuple(weight.shape[2:]), a.get("groups")
     if op == "convolution":

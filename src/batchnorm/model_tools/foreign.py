@@ -16,18 +16,20 @@ _HELD = {"weight", "bias", "running_mean", "running_var"}
 
 def holds_statistics(module: nn.Module) -> bool:
     """Whether the module keeps running statistics of its own, though it is no normalization of torch's."""
-    return not isinstance(module, _NormBase) and _HELD - {"weight", "bias"} <= module._buffers.keys()
+    return not isinstance(module, _NormBase) and _HELD - {"weight", "bias"} <= set(module._buffers.keys())
 
 
 def frozen_eps(module: nn.Module) -> float | None:
-    """ε of a `FrozenBatchNorm2d` (also `DetrFrozenBatchNorm2d`, …) whose four vectors are buffers; None for any
-    other module, and for one that computes something else.
+    """ε of a `FrozenBatchNorm2d` (also `DetrFrozenBatchNorm2d`, …) whose four vectors are buffers, with or without a
+    counter; None for any other module, and for one that computes something else.
 
     Some of them keep ε as a number inside their forward. A copy is asked for it: with γ = 1 and all else 0 it turns 1
     into 1/√ε. Another copy, with values drawn at random, then has to agree with the formula.
     """
     held = {name for name, buffer in module._buffers.items() if buffer is not None}
-    if not type(module).__name__.endswith("FrozenBatchNorm2d") or isinstance(module, _NormBase) or held != _HELD:
+    if not type(module).__name__.endswith("FrozenBatchNorm2d") or isinstance(module, _NormBase):
+        return None
+    if held - {"num_batches_tracked"} != _HELD:  # detectron2's converter hands the counter on
         return None
     try:
         eps = getattr(module, "eps", None) or _asked(module)

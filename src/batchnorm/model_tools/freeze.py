@@ -41,6 +41,11 @@ def is_frozen(module: nn.Module) -> bool:
     return isinstance(module, _Frozen) or getattr(module, "frozen", False) is True
 
 
+def _affine(norm: nn.Module) -> dict[str, nn.Parameter]:
+    """γ and β, or what a parametrization computes them from."""
+    return {n: p for n, p in norm.named_parameters() if "." not in n or n.startswith("parametrizations.")}
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Hold every batch normalization fixed, in place: running statistics in use and unchanging, γ and β without
     gradient, whatever `.train()` says later.
@@ -68,16 +73,15 @@ def freeze(model: nn.Module) -> nn.Module:
                 "give it track_running_stats=True and recalibrate it first"
             )
     for norm in norms.values():
-        held = {name: (p.requires_grad, p.grad) for name, p in norm._parameters.items() if p is not None}
+        affine = _affine(norm)
+        held = {name: (p.requires_grad, p.grad) for name, p in affine.items()}
         kind: Any = type(norm)
         norm.__class__ = frozen_class(kind)
         norm.__dict__.update(_before_freezing=held, _mode_asked=norm.training)
         norm.train(norm.training)
         if hasattr(norm, "frozen"):  # ours says so itself, in its repr and to the doctor
             norm.frozen = True
-        for name in held:
-            parameter = norm._parameters[name]
-            assert parameter is not None
+        for parameter in affine.values():
             parameter.requires_grad_(False)
             parameter.grad = None
     return model
@@ -100,8 +104,9 @@ def unfreeze(model: nn.Module) -> nn.Module:
         norm.__dict__.pop("frozen", None)
         norm.__class__ = thawed_class(type(norm))
         norm.train(mode)
+        affine = _affine(norm)
         for name, (requires_grad, grad) in held.items():
-            parameter = norm._parameters[name]
+            parameter = affine.get(name)
             if parameter is not None:
                 parameter.requires_grad_(requires_grad)
                 if grad is not None and parameter.grad is None and grad.device == parameter.device:

@@ -9,21 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from ..inspect.operators import Effect, effect_of, node_operator
+
 __all__ = ["Chain", "arguments_of", "is_batch_norm", "match", "may_move", "value"]
 
-_NAMESPACES = ("torch", "torch._C._nn", "torch.nn.functional", "torch._C._TensorBase")
-_VIEWS = (
-    "view",
-    "view_as",
-    "reshape",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-)
 _PLAIN = ("relu", "relu6", "silu", "hardswish", "sigmoid", "tanh")
 
 
@@ -43,16 +32,8 @@ def value(node: Any) -> Any:
 
 
 def _name(node: fx.Node) -> str:
-    """The operation without its spelling: `torch.relu_`, `F.relu` and `x.relu()` are all "relu"."""
-    if node.op == "call_method":
-        return str(node.target).rstrip("_")
-    if node.op != "call_function":
-        return ""
-    module = getattr(node.target, "__module__", None) or "torch"
-    name = getattr(node.target, "__name__", "")
-    if module in ("_operator", "operator"):
-        return {"iadd": "add", "imul": "mul", "itruediv": "truediv"}.get(name, name)
-    return name.rstrip("_") if module in _NAMESPACES else ""
+    """The operator, in place or not: `torch.relu_`, `F.relu` and `x.relu()` are all "relu"."""
+    return node_operator(node).rstrip("_")
 
 
 def is_batch_norm(node: fx.Node) -> bool:
@@ -76,7 +57,7 @@ def match(norm: fx.Node) -> Chain:
     if add is not None and (residual := _residual(add, norm)) is not None:
         nodes.append(add)
     activation, slope, more = _activation(nodes[-1])
-    if not activation and add is not None and _name(add) in _VIEWS and add.args[0] is norm:
+    if not activation and add is not None and effect_of(_name(add)) is Effect.CARRY and add.args[0] is norm:
         # By elements it makes no difference which comes first, the activation or the view.
         activation, slope, more = _activation(add)
         return Chain([norm, *more], None, activation, slope, add if activation else None)
@@ -177,20 +158,15 @@ def _path(first: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 
 def _is(node: fx.Node, name: str, constant: float) -> bool:
-    written = {"truediv": "div"}.get(_name(node), _name(node))
-    return written == name and node.args[1:] == (constant,) and not node.kwargs
+    return _name(node) == name and node.args[1:] == (constant,) and not node.kwargs
 
 
 def _writes(node: fx.Node) -> bool:
     """Whether the node may change its first argument."""
     if "out" in node.kwargs or node.kwargs.get("inplace"):
         return True
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "operator"):
-        return (name.startswith("i") and name not in ("inv", "invert", "is_", "is_not", "index", "indexOf")) or (
-            name == "setitem"
-        )
-    if name.endswith("_") and not name.endswith("__"):
+    name = node_operator(node)
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
         return True
     return bool(node.op == "call_function" and _inplace_argument(node))
 

@@ -28,7 +28,8 @@ class FusedSequential(Derived):
 
     batchnorm_inplace: bool = False  # a permission, see docs/in-place.md
 
-    def forward(self: Any, input: Any) -> Any:
+    # torch.fx copies annotations into the code that `to_folder` writes, where a name out of this file means nothing.
+    def forward(self: Any, input):  # type: ignore[no-untyped-def]
         if isinstance(input, fx.Proxy) or torch.compiler.is_exporting():  # they are to see the children
             return super().forward(input)  # type: ignore[misc]  # nn.Sequential's, further along the MRO
         children = list(self._modules.values())

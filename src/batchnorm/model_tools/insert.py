@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..inspect.from_run import graph_of_run
 from ..inspect.graph import ModelGraph
 from ..inspect.modules import is_layer, is_norm, names_of, out_features, spatial_dims
+from ..inspect.reading import decided
 from ..inspect.untouched import untouched
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .replace import replace_all
@@ -56,14 +57,15 @@ class Normalized(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
+def insert(model: nn.Module, example_input: Any, *, trust_example: bool = False, **keywords: Any) -> nn.Module:
     """Put a batch normalization after every hidden Conv, ConvTranspose and Linear, in place.
 
     It stands before the activation, and the layer's bias is dropped, since the normalization subtracts it.
     What is hidden is seen by running the example: a layer whose result the model returns, or whose result
-    reaches what the model returns without passing another layer, is an output layer and left alone. So is a
-    layer whose result already meets a batch normalization before its activation, and one that the example
-    never calls. A layer called several times gets one batch normalization that is called as often.
+    reaches what the model returns without passing another layer, is an output layer and left alone; what something
+    holds when the forward is over (`self.features = self.fc(x)`) counts as returned. So is a layer whose result
+    already meets a batch normalization before its activation, and one that the example never calls. A layer called
+    several times gets one batch normalization that is called as often.
 
     In the model each such layer becomes a `Normalized` with the parts `layer` and `batch_norm`: the model's
     forward and the layer's attributes stay; in the `state_dict`, `fc.weight` becomes `fc.layer.weight`.
@@ -72,16 +74,18 @@ def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
         model: any module; its mode decides which way through the forward is looked at.
         example_input: what the model is called with: a tensor, a tuple of positional or a dict of keyword
             arguments. One sample is enough here; training then needs more than one value per channel.
+        trust_example: True leaves a layer alone that the example does not reach, also where control flow depends
+            on the data, so that another input may reach it.
         **keywords: handed to `BatchNorm1d/2d/3d` (`eps`, `momentum`, `affine`, …).
 
     Returns:
         The same model.
 
     Raises:
-        UserError: the model does not run on the example, or a layer's result has no batch axis; the model is
-            then unchanged.
+        UserError: the model does not run on the example, a layer's result has no batch axis, or the values of
+            another input may reach a layer that this one does not; the model is then unchanged.
     """
-    seen = graph_of_run(model, example_input, "insert")
+    seen = _seen(model, example_input, "insert", trust_example)
     plan = _plan_insert(model, seen, keywords)
     biases = {layer: layer._parameters.get("bias") for layer in plan}
     done = replace_all(model, plan)  # type: ignore[arg-type]  # dict is invariant in its value type
@@ -100,6 +104,20 @@ def insert(model: nn.Module, example_input: Any, **keywords: Any) -> nn.Module:
         done.undo()
         raise
     return done.root
+
+
+def _seen(model: nn.Module, example: Any, what: str, trust_example: bool) -> ModelGraph:
+    """What a run of the example shows, where that is all there is to see of the model's layers."""
+    graph = graph_of_run(model, example, what)
+    called = {call.module for call in graph.calls}
+    missed = [name for name, module in model.named_modules() if is_layer(module) and module not in called]
+    undecided = decided(graph, model, example).undecided if missed and not trust_example else ""
+    if undecided:
+        raise UserError(
+            f"{what}: the example does not reach layer {missed[0]}, and {undecided}; pass an example that reaches all "
+            "layers, or trust_example=True to go by this one"
+        )
+    return graph
 
 
 def _plan_insert(model: nn.Module, seen: ModelGraph, keywords: dict[str, Any]) -> dict[nn.Module, Normalized]:
@@ -160,7 +178,7 @@ def _check_called(now: ModelGraph, before: ModelGraph, plan: dict[nn.Module, Nor
             )
 
 
-def strip(model: nn.Module, example_input: Any) -> nn.Module:
+def strip(model: nn.Module, example_input: Any, *, trust_example: bool = False) -> nn.Module:
     """Take every batch normalization out, in place, and give the layers before them their bias back.
 
     The result is the network as it would have been built without batch normalization, to be trained from
@@ -176,15 +194,18 @@ def strip(model: nn.Module, example_input: Any) -> nn.Module:
     Args:
         model: any module.
         example_input: as for `insert`.
+        trust_example: True gives no bias to a layer that the example does not reach, also where control flow
+            depends on the data.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: the model does not run on the example, calls `F.batch_norm` itself, or holds another
-            library's batch normalization that does more than normalize; the model is then unchanged.
+        UserError: the model does not run on the example, calls `F.batch_norm` itself, holds another library's
+            batch normalization that does more than normalize, or the values of another input may reach a layer that
+            this one does not; the model is then unchanged.
     """
-    seen = graph_of_run(model, example_input, "strip")
+    seen = _seen(model, example_input, "strip", trust_example)
     if seen.functional_norms:
         raise UserError(
             f"strip: {type(model).__name__}{_at(seen.functional_norms[0])} calls batch_norm as a function, which "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, quote_error
+from ..inspect.example import copied
 from ..inspect.modules import is_norm, names_of, refuse_lazy
 from ..inspect.untouched import generators_kept, untouched
 from ..statistics.pool import Gather, Pool, gather_over
@@ -68,6 +69,7 @@ def recalibrate(
     forward: Forward | None = None,
     samples: int | None = None,
     layerwise: bool = True,
+    unbiased: bool = True,
     process_group: Any = "world",
     progress: bool = False,
 ) -> Recalibration:
@@ -75,7 +77,8 @@ def recalibrate(
 
     The moments are pooled with weights: over batches (and ranks) b of n_b values a channel, n = Σ n_b,
     mean = Σ n_b·μ_b / n and M2 = Σ (n_b·σ_b² + n_b·(μ_b − mean)²), merged pairwise in float64, and the buffers get
-    mean and the unbiased M2/(n − 1); uneven batches change nothing. Everything else is in eval, dropout too.
+    mean and M2/(n − 1), or M2/n with `unbiased=False`; uneven batches change nothing. Everything else is in eval,
+    dropout too.
 
     Layer by layer (`layerwise=True`) each layer's moments are taken with all layers before it already in eval with
     their new statistics: exactly what evaluation will show it, however the data were cut into batches. This runs
@@ -93,6 +96,8 @@ def recalibrate(
         forward: `forward(model, batch)`, for every other form of batch.
         samples: stop after the batch with which this many samples have been seen, on each rank; None takes all.
         layerwise: see above.
+        unbiased: the variance that the buffers get: True divides by n − 1, as torch's own update does; False by n, the
+            variance of exactly these data, as frameworks have it whose running variance is biased.
         process_group: ranks whose data are pooled, each with its own batches, or none: "world" is all of them where
             `torch.distributed` is initialized, so all have to call; None pools nothing; or a group.
         progress: show a progress bar on stderr (needs rich).
@@ -107,7 +112,7 @@ def recalibrate(
     if samples is not None and samples < 1:
         raise UserError(f"recalibrate: samples is {samples}; give a budget of at least 1, or None for all")
     refuse_lazy(model, "recalibrate")
-    job = _Job(model, forward or feed, samples, gather_over(process_group))
+    job = _Job(model, forward or feed, samples, gather_over(process_group), unbiased)
     job.open(batches)
     with untouched(model), torch.compiler.set_stance("force_eager"), progress_bar(progress, "recalibrate") as step:
         for module in model.modules():
@@ -126,8 +131,9 @@ class _Stop(BaseException):
 
 
 class _Job:
-    def __init__(self, model: nn.Module, forward: Forward, samples: int | None, gather: Gather) -> None:
+    def __init__(self, model: nn.Module, forward: Forward, samples: int | None, gather: Gather, unbiased: bool) -> None:
         self.model, self.forward, self.samples, self.gather = model, forward, samples, gather
+        self.variance = (lambda pool: pool.unbiased) if unbiased else (lambda pool: pool.var)
         norms = {name: module for module, name in names_of(model).items() if is_norm(module)}
         self.skipped = {name: why for name, norm in norms.items() if (why := self._why_not(norm))}
         self.norms: dict[str, Any] = {name: norm for name, norm in norms.items() if name not in self.skipped}
@@ -177,7 +183,7 @@ class _Job:
 
     def _run_batch(self, batch: Any) -> None:
         try:
-            self.forward(self.model, batch)
+            self.forward(self.model, copied(batch))  # a model may write to its input, and each pass needs the data
         except _Stop:
             pass
         except UserError:
@@ -285,7 +291,7 @@ class _Job:
     def _write(self, name: str, pool: Pool) -> None:
         norm = self.norms[name]
         norm.running_mean.copy_(pool.mean)
-        norm.running_var.copy_(pool.m2 / (pool.count - 1))
+        norm.running_var.copy_(self.variance(pool))
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.fill_(self.totals[1])
 
@@ -294,15 +300,14 @@ class _Job:
         with torch.no_grad():
             for name, pool in pools.items():
                 norm = self.norms[name]
-                done.layers[name] = _shift(norm, pool)
+                done.layers[name] = _shift(norm, pool, self.variance(pool))
                 held = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
                 done.buffers_before += [(buffer, buffer.clone()) for buffer in held if buffer is not None]
                 self._write(name, pool)
         return done
 
 
-def _shift(norm: Any, pool: Pool) -> Shift:
-    var = pool.m2 / (pool.count - 1)
+def _shift(norm: Any, pool: Pool, var: Tensor) -> Shift:
     mean = (norm.running_mean.cpu().double() - pool.mean).abs() / (var + norm.eps).sqrt()
     ratio = ((norm.running_var.cpu().double() + norm.eps) / (var + norm.eps)).log2().abs()
     return Shift(
