@@ -14,7 +14,7 @@ ORDER = [
     "_version", "errors", "module_names", "opacus_tables", "domains", "factories", "csrc", "ops", "moments", "options",
     "validation", "running_stats", "execution", "functional", "layer_call", "layers", "pairs", "twins", "norm_act",
     "registrations", "statistics", "inspect", "model_tools", "experiment", "doctor", "bench", "monitor", "callbacks",
-    "commands_doctor", "commands", "cli", "__init__", "__main__",
+    "cli", "__init__", "__main__",
 ]  # fmt: skip
 FLOORS = {name: number for number, name in enumerate(ORDER)}
 FILES = sorted(ROOT.rglob("*.py"))

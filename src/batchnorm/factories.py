@@ -1,4 +1,4 @@
-"""Finding a user's function by the name that the command line gives it."""
+"""Finding a user's function by its name, ``pkg.mod:function``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from .errors import UserError, quote_error
 __all__ = ["find_factory"]
 
 
-def find_factory(name: str, option: str = "--model", built_in: Sequence[str] = ()) -> Callable[..., Any]:
-    """Return the function that ``pkg.mod:function`` names, looked up from the current folder first; `option` is
-    what the user gave the name to and `built_in` the names that need no module, for the messages.
+def find_factory(
+    name: str, parameter: str, returns: str = "a torch.nn.Module", built_in: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """Return the function that ``pkg.mod:function`` names, looked up from the current folder first.
+
+    Args:
+        name: what the user gave.
+        parameter: to what they gave it, as in ``study(model=…)``; this and what follows is for the messages.
+        returns: what such a function returns.
+        built_in: the names that need no module.
 
     Raises:
         UserError: no such module or function, or the module's own code raises.
@@ -23,7 +30,7 @@ def find_factory(name: str, option: str = "--model", built_in: Sequence[str] = (
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         known = f"one of {', '.join(built_in)} or " if built_in else ""
-        raise UserError(f"unknown {option.strip('-')} {name!r}, {option}, give {known}pkg.mod:function")
+        raise UserError(f"unknown name {name!r}, {parameter}, give {known}pkg.mod:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -32,9 +39,8 @@ def find_factory(name: str, option: str = "--model", built_in: Sequence[str] = (
             found = getattr(found, part)
     except Exception as error:
         raise UserError(
-            f"cannot be imported ({quote_error(error)}), {option} {name}, correct the name or the module"
+            f"cannot be imported ({quote_error(error)}), {parameter} {name}, correct the name or the module"
         ) from error
     if not callable(found):
-        wanted = "the data" if option == "--data" else "a torch.nn.Module"
-        raise UserError(f"{attribute} is no function, {option} {name}, name a function that returns {wanted}")
+        raise UserError(f"{attribute} is no function, {parameter} {name}, name a function that returns {returns}")
     return found

@@ -59,12 +59,12 @@ def parse_shapes(shapes: str) -> list[tuple[int, ...]]:
     for word in shapes.split(","):
         sizes = word.strip().lower().split("x")
         if not 2 <= len(sizes) <= 5 or not all(size.isdigit() and int(size) for size in sizes):
-            raise UserError(f"shape {word.strip()!r} is not like 8x64x56x56 (N, C and sizes), --shapes, correct it")
+            raise UserError(f"shape {word.strip()!r} is not like 8x64x56x56 (N, C, sizes), bench(shapes=…), correct it")
         found.append(tuple(map(int, sizes)))
     return found
 
 
-def parse_choice(words: str, allowed: Iterable[str], option: str) -> list[str]:
+def parse_choice(words: str, allowed: Iterable[str], parameter: str) -> list[str]:
     """Parse a comma-separated list of words.
 
     Raises:
@@ -73,7 +73,7 @@ def parse_choice(words: str, allowed: Iterable[str], option: str) -> list[str]:
     chosen = [word.strip() for word in words.split(",")]
     for word in chosen:
         if word not in allowed:
-            raise UserError(f"unknown {word!r}, {option}, choose from {', '.join(allowed)}")
+            raise UserError(f"unknown {word!r}, bench({parameter}=…), choose from {', '.join(allowed)}")
     return chosen
 
 

@@ -42,7 +42,7 @@ def model_step(
     ours = convert(copy.deepcopy(model))
     layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
     if not layers:
-        raise UserError("the network has no batch normalization, --model, give one that has, or compare layers instead")
+        raise UserError("the network has no batch normalization, bench_model(model=…), give one that has some")
     steps = {name: training_step(m.train(), example, dtype) for name, m in (("ours", ours), ("torch", model))}
     losses = {name: step() for name, step in steps.items()}
     limit = 1e-3 if dtype == "float32" else 1e-1  # a sum of many terms of both signs, each with a rounding error
@@ -77,7 +77,8 @@ def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Cal
                 out = _first_tensor(_call(model, example))
         except Exception as error:
             raise UserError(
-                f"the network raises on its example ({str(error).splitlines()[0]}), --model, correct its shape"
+                f"the network raises on its example ({str(error).splitlines()[0]}), bench_model(model=…), "
+                "correct its shape"
             ) from error
         if not direction:
             # a random direction, because the gradient of .sum() through a batch normalization is 0

@@ -44,9 +44,9 @@ def bench(
         Problem(shape, dtype, layout, case)
         for shape, dtype, layout, case in product(
             parse_shapes(shapes or (SHAPES_CUDA if device == "cuda" else SHAPES)),
-            parse_choice(dtypes, DTYPES, "--dtypes"),
-            parse_choice(layouts, LAYOUTS, "--layouts"),
-            parse_choice(cases, CASES, "--cases"),
+            parse_choice(dtypes, DTYPES, "dtypes"),
+            parse_choice(layouts, LAYOUTS, "layouts"),
+            parse_choice(cases, CASES, "cases"),
         )
         if layout == "contiguous" or len(shape) > 2  # (N, C) has one layout
     ]
@@ -59,14 +59,14 @@ def bench(
 
 def _prepare(device: str, threads: int | None, seconds: float) -> None:
     if device not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {device!r}, --device, choose from cpu, cuda")
+        raise UserError(f"unknown device {device!r}, bench(device=…), choose from cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to torch, --device cuda, run on a GPU machine or take --device cpu")
+        raise UserError("no CUDA device is visible to torch, bench(device=cuda), run on a GPU machine or take the CPU")
     if not seconds > 0:
-        raise UserError(f"{seconds:g} seconds a row, --seconds, give a positive number")
+        raise UserError(f"{seconds:g} seconds a row, bench(seconds=…), give a positive number")
     if threads is not None:
         if threads < 1:
-            raise UserError(f"{threads} threads, --threads, give at least 1")
+            raise UserError(f"{threads} threads, bench(threads=…), give at least 1")
         torch.set_num_threads(threads)
 
 
@@ -93,22 +93,22 @@ def bench_model(
     """
     from ..factories import find_factory
 
-    chosen_layouts = parse_choice(layouts, LAYOUTS, "--layouts")
-    chosen_dtypes = parse_choice(dtypes, ("float32", "bfloat16"), "--dtypes")
+    chosen_layouts = parse_choice(layouts, LAYOUTS, "layouts")
+    chosen_dtypes = parse_choice(dtypes, ("float32", "bfloat16"), "dtypes")
     _prepare(device, threads, seconds)
     rows = []
     for layout, dtype in product(chosen_layouts, chosen_dtypes):
         try:
-            made = find_factory(model)()
+            made = find_factory(model, "bench_model(model=…)")()
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"the factory raises ({str(error).splitlines()[0]}), --model {model}, correct it"
+                f"the factory raises ({str(error).splitlines()[0]}), bench_model(model={model}), correct it"
             ) from error
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
             raise UserError(
-                f"the factory returns {type(made).__name__}, --model {model}, return (model, example input)"
+                f"the factory returns {type(made).__name__}, bench_model(model={model}), return (model, example input)"
             )
         network, example = made
         rows.append(model_step(network.to(device), _to(example, device), seconds, layout, dtype))

@@ -66,10 +66,10 @@ class Measured:
 
     pooled: Pool = field(default_factory=Pool)
     samples: Pool = field(default_factory=Pool)  # of the samples' means over their pixels
-    dropped: Pool = field(default_factory=Pool)  # of the input with dropout on, over the batches of `kept`
-    kept: Pool = field(default_factory=Pool)  # of the input with dropout off, over the same batches
-    real: Pool = field(default_factory=Pool)  # over the valid pixels of the mask
-    every: Pool = field(default_factory=Pool)  # over all pixels of the same calls
+    dropout_on: Pool = field(default_factory=Pool)  # of the input with dropout on, over the batches of `dropout_off`
+    dropout_off: Pool = field(default_factory=Pool)  # of the input with dropout off, over the same batches
+    valid_pixels: Pool = field(default_factory=Pool)  # over the valid pixels of the mask
+    all_pixels: Pool = field(default_factory=Pool)  # over all pixels of the same calls
     batch_means: list[Tensor] = field(default_factory=list)
     batch_vars: list[Tensor] = field(default_factory=list)
     batch_counts: list[int] = field(default_factory=list)  # values per channel

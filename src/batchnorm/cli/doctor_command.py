@@ -1,28 +1,20 @@
-"""The command `doctor`: arguments and what is printed; the work is `batchnorm.doctor`'s."""
+"""The command `doctor`: its options, and what is printed of the result."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .doctor.diagnosis import Diagnosis
-    from .doctor.repair import RepairReport
+    from ..doctor.diagnosis import Diagnosis
+    from ..doctor.repair import RepairReport
 
-# The flag of each parameter that an exception of the doctor's functions names, as in ``diagnose(steps=…)``.
-_FLAGS = {
-    "target": "doctor", "model": "doctor", "batches": "--data", "data": "--data", "state": "--state", "out": "--out",
-    "mask": "--mask", "steps": "--steps", "select": "--select", "ignore": "--ignore", "code": "--explain",
-}  # fmt: skip
-_PARAMETER = re.compile(r"\w+\((\w+)=(…|.*?)\)(?=[ ,])")
+__all__ = ["doctor"]
 
 
 def doctor(
@@ -52,38 +44,21 @@ def doctor(
     as_sarif: Annotated[bool, typer.Option("--sarif", help="Print SARIF 2.1.0 to stdout and nothing else.")] = False,
 ) -> None:
     """Name what is wrong with batch normalization in a model, with evidence and the line that repairs it."""
-    with _flags_for_parameters():
-        if explain is not None:
-            _explain(explain)
-            return
-        if target is None:
-            raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
-        if as_json and as_sarif:
-            raise UserError("--json and --sarif together, batchnorm doctor, choose one")
-        options = {"mask": mask, "steps": steps, "select": select, "ignore": ignore}
-        diagnosis, repaired, written = _examine(target, data, batch_size, state, fix, out, options)
+    if explain is not None:
+        _explain(explain)
+        return
+    if target is None:
+        raise UserError("nothing to examine, batchnorm doctor, give pkg.mod:function, FILE.onnx or FILE.pt2")
+    if as_json and as_sarif:
+        raise UserError("--json and --sarif together, batchnorm doctor, choose one")
+    options = {"mask": mask, "steps": steps, "select": select, "ignore": ignore}
+    diagnosis, repaired, written = _examine(target, data, batch_size, state, fix, out, options)
     _show(diagnosis, as_json, as_sarif, repaired, written)
     raise typer.Exit(diagnosis.exit_code)
 
 
-@contextmanager
-def _flags_for_parameters() -> Iterator[None]:
-    """Name the flags where the UserError of a function names its parameters."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(_PARAMETER.sub(_flag, str(error))) from error
-
-
-def _flag(parameter: re.Match[str]) -> str:
-    flag = _FLAGS.get(parameter[1])
-    if flag is None:
-        return parameter[0]
-    return flag if parameter[2] == "…" else f"{flag} {parameter[2]}"
-
-
 def _explain(code: str) -> None:
-    from .doctor.pages import page
+    from ..doctor.pages import page
 
     print(page(code), end="")
 
@@ -97,9 +72,9 @@ def _examine(
     out: Path | None,
     options: dict[str, Any],
 ) -> tuple[Diagnosis, RepairReport | None, Path | None]:
-    from .doctor.examine import diagnose
-    from .doctor.repair import repair
-    from .doctor.subject import check_new, load_state, read_data, save_state, subject
+    from ..doctor.examine import diagnose
+    from ..doctor.repair import repair
+    from ..doctor.subject import check_new, load_state, read_data, save_state, subject
 
     model, batches = subject(target)
     given = read_data(data, batch_size) if data is not None else batches
@@ -120,7 +95,7 @@ def _show(
     diagnosis: Diagnosis, as_json: bool, as_sarif: bool, repaired: RepairReport | None, written: Path | None
 ) -> None:
     if as_sarif:
-        from .doctor.report.sarif import to_sarif
+        from ..doctor.report.sarif import to_sarif
 
         print(json.dumps(to_sarif(diagnosis), indent=1, allow_nan=False))
     elif as_json:
@@ -129,7 +104,7 @@ def _show(
     else:
         from rich.console import Console
 
-        from .doctor.report.table import print_diagnosis, print_repair
+        from ..doctor.report.table import print_diagnosis, print_repair
 
         # Names of modules may hold what rich would take for markup.
         console = Console(markup=False, highlight=False)

@@ -1,45 +1,17 @@
-"""The command as a user meets it: exit codes, one line for a mistake, the three files as the last lines."""
+"""`batchnorm study` as a user meets it: one line for a mistake, the three files as the last lines."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import batchnorm
 from batchnorm.cli import main
-from tests.experiment.conftest import SMALL, write_small_npz
+from tests.cli.conftest import refused
+from tests.experiment.conftest import SMALL
 
 ROWS = [f"{k % 7}.5,{k % 5},{'abc'[k % 3]}" for k in range(30)]
-
-
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-@pytest.fixture
-def small_npz(tmp_path: Path) -> Path:
-    return write_small_npz(tmp_path / "small.npz")
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Returns the one line on stderr of a call that must end with exit code 2 and print nothing else."""
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("batchnorm: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert err.isprintable() or err[:-1].isprintable()
-    assert err.count(", ") >= 2, "WHAT, WHERE, WHAT TO DO"
-    return err
 
 
 def csv(*rows: str, header: str = "a,b,label") -> str:
@@ -50,7 +22,7 @@ BAD_CSV = {
     "text-feature": (csv(*ROWS[:4], "red,1,a", *ROWS), r"'red' in column 'a', data row 5"),
     "nan": (csv(*ROWS[:4], "nan,1,a", *ROWS), "column 'a', data row 5"),
     "hole": (csv(*ROWS[:4], "1,,a", *ROWS), "column 'b', data row 5"),
-    "inf": (csv(*ROWS[:4], "1,inf,a", *ROWS), "infinite value in column 'b', data row 5"),
+    "inf": (csv(*ROWS[:4], "1,inf,a", *ROWS), "infinite value at column 'b', data row 5"),
     "no-label": (csv(*ROWS[:4], "1,1,", *ROWS), "no label in column 'label', data row 5"),
     "single-class": (csv(*(row[:-1] + "a" for row in ROWS)), "single class 'a'"),
     "rare-class": (csv(*ROWS, "1,1,z", "1,1,z"), "class 'z' has 2"),
@@ -172,11 +144,6 @@ def test_bad_options(arguments: tuple[str, ...], says: str, capsys: pytest.Captu
     assert says in refused(capsys, "study", *arguments)
 
 
-@pytest.mark.parametrize("arguments", [(), ("blah",), ("--blah",)])
-def test_bad_commands(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--help" in refused(capsys, *arguments)
-
-
 NETS = {
     "raises": ("def f():\n    raise RuntimeError('no\\nway')", "RuntimeError: no way"),
     "no-module": ("def f():\n    return 3", "returns int"),
@@ -244,52 +211,3 @@ def test_labels_and_names_with_html_are_text(capsys: pytest.CaptureFixture[str])
     assert hostile in summary["data"]["labels"]
     assert summary["data"]["name"] == "<b>&.csv"
     assert "<script>alert(1)" not in Path("out/report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("study", "--help")])
-def test_help_has_an_example(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
-    assert "Example:  batchnorm study" in capsys.readouterr().out
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"batchnorm {batchnorm.__version__}\n"
-
-
-def test_without_typer_the_line_names_the_extra(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "batchnorm.commands", raising=False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    assert "batchnorm[study]" in refused(capsys, "study")
-
-
-@pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "batchnorm", *arguments]
-        return subprocess.run(
-            words, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "COLUMNS": "40"}
-        )
-
-    return run
-
-
-def test_the_real_process_prints_one_line_for_a_mistake(
-    command: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    done = command("study", "--data", "missing.npz")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-
-
-def test_the_real_process_finds_a_network_in_the_current_folder(
-    command: Callable[..., subprocess.CompletedProcess[str]], small_npz: Path
-) -> None:
-    Path("my_nets.py").write_text(
-        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3))\n"
-    )
-    out = Path("out").absolute()
-    done = command("study", "--data", str(small_npz), "--model", "my_nets:net", "--out", str(out), *SMALL[:-1], "2")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-3:] == [str(out / name) for name in ("report.html", "runs.csv", "summary.json")]

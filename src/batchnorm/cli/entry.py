@@ -1,4 +1,4 @@
-"""The command line's entry and exit codes. The arguments are in `commands`, the work on the floors below.
+"""The command line's entry and exit codes.
 
 0 = fine, 1 = findings or a failed comparison, 2 = the user's mistake, one line on stderr; 130 = Ctrl-C.
 """
@@ -10,7 +10,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from .errors import UserError
+from ..errors import UserError
+from .flags import with_flags
+
+__all__ = ["main"]
 
 _EXTRAS = {
     "ray": "ray", "tensorboard": "tensorboard", "mlflow": "mlflow", "sqlalchemy": "mlflow", "alembic": "mlflow"
@@ -18,11 +21,11 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line on `arguments` (None = the process's own) and returns the exit code."""
+    """Run the command line on `arguments` (None = the process's own) and return the exit code."""
     try:
         return _invoke(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        return _fail(str(error))
+        return _fail(with_flags(str(error)))
     except KeyboardInterrupt:
         return _fail("interrupted, finished runs are kept in --out, repeat the command with --resume to go on", 130)
     except BrokenPipeError:  # `batchnorm … | head`: nobody reads on, and the exit must not try to flush again
@@ -37,7 +40,7 @@ def _fail(sentence: str, code: int = 2) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     try:
-        from .commands import app
+        from .app import app
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     try:

@@ -1,4 +1,4 @@
-"""The commands and their options, declared for typer; each hands over to a function that Python users call too."""
+"""The command `study`: its options, and what is printed of the result."""
 
 from __future__ import annotations
 
@@ -8,36 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._version import __version__
-from .commands_doctor import doctor
-from .experiment.training.arms import ARMS
+from ..experiment.training.arms import ARMS
 
 if TYPE_CHECKING:
-    from .experiment.study import StudyResult
+    from ..experiment.study import StudyResult
 
-app = typer.Typer(name="batchnorm", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"batchnorm {__version__}")
-        raise typer.Exit
+__all__ = ["study"]
 
 
-@app.callback(epilog="Example:  batchnorm study --quick --out first-study")
-def root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
-    ] = False,
-) -> None:
-    """Batch normalization for PyTorch, end to end."""
-
-
-@app.command(
-    epilog="Example:  batchnorm study --data faces.csv --arms none,batch,layer --out faces-study\n\n"
-    "Exit codes: 0 fine, 2 bad usage (one line says what to do), 130 interrupted (go on with --resume)."
-)
 def study(
     data: Annotated[
         str,
@@ -90,7 +68,7 @@ def study(
     rate, weight decay and dropout with several seeds each, and compares. Writes report.html, runs.csv and
     summary.json into --out.
     """
-    from .experiment.study import study as run_study
+    from ..experiment.study import study as run_study
 
     result = run_study(
         data,
@@ -132,7 +110,7 @@ def _show_claims(result: StudyResult) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if "factors" in summary:
-        from .experiment.report.factor_section import cell_tables, impossible_words
+        from ..experiment.report.factor_section import cell_tables, impossible_words
 
         for found in cell_tables(summary["factors"]):
             shown = Table(*found.head, title=found.caption, title_justify="left")
@@ -143,61 +121,3 @@ def _show_claims(result: StudyResult) -> None:
             print(sentence)
     for path in (result.report, result.runs_csv, result.summary_json):
         print(path)
-
-
-@app.command(
-    name="bench",
-    epilog="Example:  batchnorm bench --shapes 32x64x56x56 --dtypes float32,bfloat16\n\n"
-    "Exit codes: 0 fine, 1 a value differs from float64 (nothing is timed then), 2 bad usage.",
-)
-def bench_command(
-    shapes: Annotated[str, typer.Option(help="N x C x sizes, comma-separated.", show_default="a ResNet-50's")] = "",
-    dtypes: Annotated[
-        str, typer.Option(help="float32, float64, bfloat16, float16; with --model float32, bfloat16 (autocast).")
-    ] = "float32",
-    layouts: Annotated[str, typer.Option(help="contiguous, channels_last.")] = "contiguous,channels_last",
-    cases: Annotated[str, typer.Option(help="bn, bn+relu, bn+add+relu.")] = "bn+relu",
-    model: Annotated[
-        str | None,
-        typer.Option(help="pkg.mod:function -> (model, example): a whole training step instead of single layers."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="torch's threads.", show_default="torch's own")] = None,
-    seconds: Annotated[float, typer.Option(help="Measuring time a row.")] = 1.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result to stdout as JSON and nothing else.")
-    ] = False,
-) -> None:
-    """Measure the layers on this machine: forward and backward, against torch eager and against a copy.
-
-    With --device cuda also against torch without cuDNN and torch.compile, in the device's own time.
-    """
-    from rich.console import Console
-
-    from .bench import bench, bench_model, show, show_model
-
-    try:
-        with Console(stderr=True).status("checking values, then measuring") as status:
-            if model is not None:
-                result = bench_model(model, layouts, device, threads, seconds, dtypes)
-                table = show_model(result)
-            else:
-                options = {"shapes": shapes} if shapes else {}
-                result = bench(
-                    **options, dtypes=dtypes, layouts=layouts, cases=cases, device=device, threads=threads,
-                    seconds=seconds, progress=status.update,
-                )  # fmt: skip
-                table = show(result)
-    except AssertionError as error:  # a value that is wrong: the comparison failed, and no time is shown
-        print(f"batchnorm: {error}, nothing was timed, please report it", file=sys.stderr)
-        raise typer.Exit(1) from error
-    if as_json:
-        print(json.dumps(result, indent=1, allow_nan=False))
-    else:
-        Console(highlight=False).print(table)
-
-
-app.command(
-    epilog="Example:  batchnorm doctor my.models:trained --data digits --ignore BN101\n\n"
-    "Exit codes: 0 fine, 1 a finding of warning or error, 2 bad usage (one line says what to do)."
-)(doctor)
