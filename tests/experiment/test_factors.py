@@ -195,7 +195,7 @@ def test_the_command_in_the_summary_makes_the_study_again(result: StudyResult) -
 
 @pytest.mark.parametrize("given", [[FULL], ["full", 0], [], [2.5], 60.0, True])
 def test_bad_levels_are_refused_in_python_too(given: object) -> None:
-    with pytest.raises(UserError, match="--batch-size"):
+    with pytest.raises(UserError, match=r"study\(batch_size=…\)"):
         study("digits", batch_size=given)  # wrong on purpose
 
 

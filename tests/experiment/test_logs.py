@@ -138,7 +138,7 @@ def test_unknown_and_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"unknown log 'wandb', --log, give some of tensorboard, mlflow"):
+    with pytest.raises(UserError, match=r"unknown log 'wandb', study\(log=…\), give some of tensorboard, mlflow"):
         study(log="tensorboard,wandb")
     for name in ("tensorboard", "mlflow"):
         monkeypatch.delitem(sys.modules, f"batchnorm.experiment.logs.{name}", raising=False)

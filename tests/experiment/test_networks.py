@@ -14,9 +14,10 @@ from batchnorm.experiment.data.dataset import Dataset
 from batchnorm.experiment.data.opening import load
 from batchnorm.experiment.training.arms import ARMS, group_width
 from batchnorm.experiment.training.networks import Architecture
-from batchnorm.experiment.training.probe import Probe, as_trained, layer_table
+from batchnorm.experiment.training.probe import Probe, layer_table, use_batch_statistics
 from batchnorm.experiment.training.runs import Run
 from batchnorm.experiment.training.train import evaluation_steps, set_dropout, train
+from batchnorm.inspect.untouched import modes_and_buffers_kept
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +102,30 @@ def test_the_probe_sees_what_the_last_hidden_activation_is_fed(digits: Dataset) 
     x = torch.from_numpy(digits.x["validation"])
     probe = Probe(model, x)
     assert probe.layer == "6"
-    with torch.no_grad(), as_trained(model):
+    with modes_and_buffers_kept(model):
+        use_batch_statistics(model)
         fed = model[:6](x[:256])
     wanted = torch.quantile(fed[:, 0].double(), torch.tensor([0.15, 0.5, 0.85], dtype=torch.float64))
     assert probe.percentiles(model)[0] == pytest.approx(wanted.tolist(), rel=1e-4)
+
+
+class Regularized(nn.Module):
+    """A layer whose result is not returned runs after the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last, self.side = nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3), nn.Linear(9, 2)
+        self.late = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act(self.first(x))
+        scores = self.last(hidden)
+        self.penalty = self.side(self.late(hidden)).square().mean().item()
+        return scores
+
+
+def test_what_runs_after_the_output_layer_is_not_hidden() -> None:
+    assert Probe(Regularized(), torch.randn(8, 4)).layer == "act"
 
 
 def test_dropout_reaches_every_hidden_activation_and_only_in_training() -> None:

@@ -143,7 +143,7 @@ def test_a_worker_and_a_node_are_lost_in_the_middle(small: dict[str, Any], clust
 def test_a_run_that_kills_every_worker_is_one_sentence(
     small: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"lost a run for good .*--engine ray.*--resume"):
+    with pytest.raises(UserError, match=r"lost a run for good .*study\(engine=ray\).*study\(resume=True\)"):
         study(**{**small, "model": "ray_nets:deadly"}, out="ray", workers=1, engine="ray")
     assert rows(Path("ray")) > 0, "finished runs stay"
     assert capfd.readouterr() == ("", "")
@@ -160,14 +160,24 @@ def test_a_network_that_fails_is_one_sentence_at_once(small: dict[str, Any], cap
     assert rows(Path("ray")) > 0
 
 
+COMMAND = [
+    *(sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"),
+    *("--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"),
+]
+
+
+def a_study_with_rows(count: int, stderr: int) -> subprocess.Popen[bytes]:
+    """A study that runs in a process of its own and has written so many rows."""
+    process = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    while process.poll() is None and rows(Path("ray")) < count:
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_says_how_to_go_on(small: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"]
-    command += ["--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    while started.poll() is None and rows(Path("ray")) < 3:
-        time.sleep(0.01)
+    started = a_study_with_rows(3, stderr=subprocess.PIPE)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to the whole process group
     _, said = started.communicate(timeout=120)
     assert (started.returncode, said.decode().count("\n")) == (130, 1)
@@ -177,11 +187,7 @@ def test_ctrl_c_says_how_to_go_on(small: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_lost_driver_is_resumed(small: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "batchnorm", "study", "--engine", "ray", "--out", "ray", "--workers", "2"]
-    command += ["--data", "small.npz", "--model", "ray_nets:net", "--quick", "--lrs", "0.1,1", "--steps", "100"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while driver.poll() is None and rows(Path("ray")) < 5:
-        time.sleep(0.01)
+    driver = a_study_with_rows(5, stderr=subprocess.DEVNULL)
     driver.kill()
     driver.wait()
     done = {path.name: path.stat().st_mtime_ns for path in Path("ray/traces").iterdir()}
@@ -189,7 +195,7 @@ def test_a_lost_driver_is_resumed(small: dict[str, Any]) -> None:
     while busy_workers() and time.monotonic() < ended:
         time.sleep(0.1)
     assert not busy_workers(), "the workers of a lost driver end"
-    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run([*COMMAND, "--resume"], capture_output=True, text=True, timeout=300, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
     kept = {name for name, age in done.items() if Path("ray/traces", name).stat().st_mtime_ns == age}
     assert len(kept) >= len(done) - 1, "a trace whose row was not there yet may be written again"

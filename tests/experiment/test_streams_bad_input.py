@@ -16,8 +16,8 @@ import pytest
 from batchnorm.cli import main
 from batchnorm.experiment.data import sources as source
 from batchnorm.experiment.data import survey
+from tests.cli.conftest import refused
 from tests.experiment.stream_sets import ROWS, X, Y, npy, npy_shards, parquet_shards, table
-from tests.test_cli import refused
 
 SHORT = ("--quick", "--lrs", "0.1", "--steps", "3", "--workers", "1", "--batch-size", "20")
 

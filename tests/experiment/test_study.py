@@ -90,7 +90,7 @@ def test_resume_runs_exactly_what_is_missing(finished: tuple[Path, Path]) -> Non
 def test_a_study_is_never_overwritten(finished: tuple[Path, Path]) -> None:
     data, out = finished
     before = (out / "runs.csv").read_bytes()
-    with pytest.raises(UserError, match="--resume or give another --out"):
+    with pytest.raises(UserError, match=r"study\(resume=True\) or give another folder"):
         small_study(data, out)
     with pytest.raises(UserError, match="other steps"):
         small_study(data, out, resume=True, steps=13)

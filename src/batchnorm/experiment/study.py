@@ -112,7 +112,9 @@ def study(
     prepared = prepare(plan, load(data, BASE_SEED, progress), model, sizes, names, quick=quick, own_lrs=own_lrs)
     runner = open_engine(engine, prepared.data, prepared.architecture, record.folder, workers, address)
     done = record.begin(prepared.options(), resume)
-    rows, outcome = _run_and_judge(prepared, runner, record, done, logs, progress)
+    own, added = _run_missing(prepared, runner, record, done, logs, progress)
+    rows, outcome = _judge(prepared, record, own, added)
+    logs.complete(rows)
     command = command_line(
         prepared.plan, prepared.factors, data=data, model=model, out=str(out), quick=quick, own_lrs=own_lrs,
         own_size=sizes is not None,
@@ -125,24 +127,15 @@ def study(
     return StudyResult(outcome.claims, outcome.runs, summary, record.report, record.runs_csv, record.summary_json)
 
 
-def _run_and_judge(
-    study: Prepared,
-    engine: AbstractContextManager[Execute],
-    record: Record,
-    done: list[Row],
-    logs: RunLogs,
-    progress: TextIO | None,
-) -> tuple[list[Row], Outcome]:
-    """Return the rows of all runs, in the plan's order, training those not `done`, and what they come to."""
+def _judge(study: Prepared, record: Record, own: list[Row], added: list[Row]) -> tuple[list[Row], Outcome]:
+    """Return the rows of all runs with their steps to the target, and what they come to."""
     plan, data = study.plan, study.data
-    own, added = _run_missing(study, engine, record, done, logs, progress)
     own, chosen, target = evaluate_rows(plan, data, record, own)
     claims = compute_claims(
         runs_table(own), chosen, baseline=plan.arms[0], compared=plan.arms[-1], budget=plan.steps,
         target=target, chance=data.chance("validation"),
     )  # fmt: skip
     rows = own + with_steps(target, added, record)
-    logs.complete(rows)
     return rows, Outcome(runs_table(rows), chosen, target, claims)
 
 

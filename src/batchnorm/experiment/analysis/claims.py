@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from ..design.selection import choose_together
+from ..design.selection import choose_together, rows_at
 from . import wording
 from .intervals import (
     NOTHING,
@@ -76,10 +76,7 @@ class StudyRows:
 
     def rows(self, arm: str, **fixed: float) -> pd.DataFrame:
         """Return the rows of an arm whose named columns equal the given numbers."""
-        wanted = (self.runs["arm"] == arm).to_numpy()
-        for column, number in fixed.items():
-            wanted = wanted & np.isclose(self.runs[column].to_numpy(float), number, rtol=1e-6, atol=0)
-        return self.runs[wanted]
+        return rows_at(self.runs, arm=arm, **fixed)
 
     def at_best_rate(self, arm: str) -> pd.DataFrame:
         return self.rows(arm, lr=self.settings[arm]["best_lr"], weight_decay=0, dropout=0)

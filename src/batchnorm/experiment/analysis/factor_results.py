@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..design.factors import Factors, Level, choose_level_rates
 from ..design.plan import StudyPlan
+from ..design.selection import rows_at
 from ..training.runs import Run
 from . import wording
 from .claims import (
@@ -122,8 +123,7 @@ def _rates(
 def _cell(
     arm: str, level: Level, rates: tuple[float, float], runs: pd.DataFrame, samples: int, seconds: float
 ) -> LevelCell:
-    rows = level.rows(runs[runs["arm"] == arm])
-    at_best, at_fastest = (rows[np.isclose(rows["lr"].to_numpy(float), lr, rtol=1e-6)] for lr in rates)
+    at_best, at_fastest = (rows_at(level.rows(runs), arm=arm, lr=lr) for lr in rates)
     return LevelCell(arm, level, *rates, at_best, at_fastest, min(level.batch_size, samples), seconds)
 
 

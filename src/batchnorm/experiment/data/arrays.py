@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import UserError, quote_error
-from .readers import check_layout
+from .readers import check_labels, check_layout
 from .sources import (
     SEGMENT_BYTES,
     Block,
@@ -88,9 +88,7 @@ class ArraySource(Source):
             return f"x[{', '.join(str(k) for k in (first + index[0], *index[1:]))}], {x.path}"
 
         check_finite(values, place)
-        if targets.dtype.kind == "f" and not np.isfinite(targets).all():
-            row = first + int(np.flatnonzero(~np.isfinite(targets))[0])
-            raise UserError(f"label {row} is NaN or infinite, {y.path}, label every sample")
+        check_labels(targets, first, y.path)
         labels, codes = encode_labels(targets)
         yield Block(start, values, codes, labels)
 

@@ -33,19 +33,21 @@ class FactorySource(Source):
         if rows is None:
             rows = len(self._made) if self._numbered else sum(1 for _ in self._iterate())
         if rows == 0:
-            raise UserError(f"no samples, --data {name}, return a data set that has some")
+            raise UserError(f"no samples, study(data={name}), return a data set that has some")
         self.starts = even_starts(rows, _SAMPLES_A_SEGMENT) if self._numbered else np.array([0, rows])
         self.nbytes = rows * first.nbytes
 
     def _make(self) -> Any:
-        factory = find_factory(self.name, "--data")
+        factory = find_factory(self.name, "study(data=…)", "the data")
         try:
             made = factory()
         except Exception as error:
-            raise UserError(f"the function raises ({quote_error(error)}), --data {self.name}, correct it") from error
+            raise UserError(
+                f"the function raises ({quote_error(error)}), study(data={self.name}), correct it"
+            ) from error
         if isinstance(made, (DataLoader, torch.nn.Module, str)) or not (_is_numbered(made) or _is_iterable(made)):
             raise UserError(
-                f"the function returns {type(made).__name__}, --data {self.name}, "
+                f"the function returns {type(made).__name__}, study(data={self.name}), "
                 "return a torch.utils.data.Dataset, or an iterable, of samples (x, y)"
             )
         return made
@@ -58,7 +60,7 @@ class FactorySource(Source):
         except Exception as error:
             raise self._raised(0, error) from error
         if raw is None:
-            raise UserError(f"no samples, --data {self.name}, return a data set that has some")
+            raise UserError(f"no samples, study(data={self.name}), return a data set that has some")
         return self._split(raw, 0)[0]
 
     def _iterate(self) -> Iterator[Any]:
@@ -74,7 +76,9 @@ class FactorySource(Source):
             raise self._raised(count, error) from error
 
     def _raised(self, number: int, error: Exception) -> UserError:
-        return UserError(f"sample {number} raises ({quote_error(error)}), --data {self.name}, correct the data set")
+        return UserError(
+            f"sample {number} raises ({quote_error(error)}), study(data={self.name}), correct the data set"
+        )
 
     def read(self, segment: int) -> Iterator[Block]:
         """Yield the segment's samples, 64 at a time."""
@@ -89,7 +93,7 @@ class FactorySource(Source):
             yield self._block(first, held)
         if first + len(held) != end:
             raise UserError(
-                f"{first + len(held) - start} samples where there were {end - start} before, --data {self.name}, "
+                f"{first + len(held) - start} samples where there were {end - start} before, study(data={self.name}), "
                 "return the same samples each time"
             )
 
@@ -106,10 +110,10 @@ class FactorySource(Source):
             if x.shape != self.shape or not np.can_cast(x.dtype, self.dtype):
                 raise UserError(
                     f"sample {first + k} is {x.dtype} of shape {x.shape} and not {self.dtype} of shape {self.shape}, "
-                    f"--data {self.name}, give all samples one dtype and shape"
+                    f"study(data={self.name}), give all samples one dtype and shape"
                 )
         x = np.stack([x for x, _ in pairs]).astype(self.dtype, copy=False)
-        check_finite(x, lambda index: f"sample {first + index[0]}, --data {self.name}")
+        check_finite(x, lambda index: f"sample {first + index[0]}, study(data={self.name})")
         labels, y = encode_labels(np.asarray([y for _, y in pairs]))
         return Block(first, x, y, labels)
 
@@ -117,7 +121,8 @@ class FactorySource(Source):
         """Return x as an array and y as a number or text."""
         if not isinstance(raw, (tuple, list)) or len(raw) != 2:
             raise UserError(
-                f"sample {number} is no pair but {type(raw).__name__}, --data {self.name}, return samples (x, label)"
+                f"sample {number} is no pair but {type(raw).__name__}, study(data={self.name}), "
+                "return samples (x, label)"
             )
         x, y = (value.detach().cpu() if isinstance(value, torch.Tensor) else value for value in raw)
         x = x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
@@ -127,13 +132,16 @@ class FactorySource(Source):
             raise self._raised(number, error) from error
         if array.dtype.kind not in "biuf" or array.size == 0:
             raise UserError(
-                f"x of sample {number} is {array.dtype} of shape {array.shape}, --data {self.name}, return real numbers"
+                f"x of sample {number} is {array.dtype} of shape {array.shape}, study(data={self.name}), "
+                "return real numbers"
             )
         if label.size != 1 or label.dtype.kind not in "biufU":
-            raise UserError(f"the label of sample {number} is {str(y)[:40]!r}, --data {self.name}, return one class")
+            raise UserError(
+                f"the label of sample {number} is {str(y)[:40]!r}, study(data={self.name}), return one class"
+            )
         value = label.reshape(-1)[0].item()
         if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(f"label {number} is NaN or infinite, --data {self.name}, label every sample")
+            raise UserError(f"label {number} is NaN or infinite, study(data={self.name}), label every sample")
         return array, value
 
     def __reduce__(self) -> tuple[type[FactorySource], tuple[str, int]]:

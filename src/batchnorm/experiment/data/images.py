@@ -39,17 +39,12 @@ class ImageSource(Source):
     def read(self, segment: int) -> Iterator[Block]:
         """Yield the segment's images as one block."""
         start, end = (int(k) for k in self.starts[segment : segment + 2])
-        x = np.stack([read_image(path, self.shape) for path in self._files[start:end]])
+        x = np.stack([_resize(_open(path), self.shape) for path in self._files[start:end]])
         y = np.searchsorted(self._ends, np.arange(start, end), "right")
         yield Block(start, x, y, self._labels)
 
     def __reduce__(self) -> tuple[type[ImageSource], tuple[Path, tuple[int, ...], int]]:
         return ImageSource, (self._folder.absolute(), self.shape, self.nbytes)
-
-
-def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return one image as float32 of this shape (C, H, W)."""
-    return _resize(_open(path), shape)
 
 
 def measure_images(files: list[Path]) -> tuple[tuple[int, int, int], int]:
@@ -60,14 +55,11 @@ def measure_images(files: list[Path]) -> tuple[tuple[int, int, int], int]:
     Reads only the headers of the files.
     """
     shapes = [_shape_of(path) for path in files]
-    return _common_shape(shapes), sum(4 * math.prod(shape) for shape in shapes)
-
-
-def _common_shape(shapes: list[tuple[int, ...]]) -> tuple[int, int, int]:
+    channels = max(3 if len(shape) == 3 else 1 for shape in shapes)
     height, width = (
         min(MOST_PIXELS_A_SIDE, max(1, int(np.median([shape[axis] for shape in shapes])))) for axis in (0, 1)
     )
-    return max(3 if len(shape) == 3 else 1 for shape in shapes), height, width
+    return (channels, height, width), sum(4 * math.prod(shape) for shape in shapes)
 
 
 def files_by_class(folder: Path) -> dict[str, list[Path]]:

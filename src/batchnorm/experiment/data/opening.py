@@ -1,4 +1,4 @@
-"""The one opener: from what `--data` says to samples and data sets."""
+"""The one opener: from what `study(data=…)` names to samples and data sets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .survey import StreamedSamples
 
 
 def load(source: str, base_seed: int = 0, progress: TextIO | None = None) -> Dataset:
-    """Return the data set that `--data` names, checked, split and standardized.
+    """Return the data set that `source` names, checked, split and standardized.
 
     Args:
-        source: whatever `--data` takes (see `find`).
+        source: whatever `find` takes.
         base_seed: fixes which samples fall into which part.
         progress: where to show how far the first pass over a streamed set is; None = nowhere.
 

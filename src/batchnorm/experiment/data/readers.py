@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import UserError, quote_error
 from .samples import Samples
+from .sources import check_finite, encode_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ def read_openml(source: str) -> Samples:
 
     name = source.removeprefix("openml:")
     if not name:
-        raise UserError("no name after openml:, --data openml:, give one as in openml:mnist_784")
+        raise UserError("no name after openml:, study(data=openml:), give one as in openml:mnist_784")
     try:
         with warnings.catch_warnings():
             # Of several active versions of a data set scikit-learn takes the oldest, and warns each time.
@@ -81,7 +82,8 @@ def read_npz(path: Path) -> Samples:
             raise
         raise UserError(f"not a .npz file, {path}, write it with np.savez(FILE, x=samples, y=labels)") from error
     check_layout(x, y, path)
-    _check_values(x, y, path)
+    check_labels(y, 0, path)
+    check_finite(x, lambda index: f"x[{', '.join(map(str, index))}], {path}")
     return Samples(path.name, x, _label_text(y))
 
 
@@ -100,15 +102,11 @@ def check_layout(x: Array, y: Array, path: Path) -> None:
         raise UserError(f"{x.shape[0]} samples but {y.shape[0]} labels, {path}, give one label a sample")
 
 
-def _check_values(x: np.ndarray, y: np.ndarray, path: Path) -> None:
+def check_labels(y: np.ndarray, first: int, path: Path) -> None:
+    """Refuse labels that are no numbers; `first` is the number of the first sample."""
     if y.dtype.kind == "f" and not np.isfinite(y).all():
-        raise UserError(
-            f"label {int(np.flatnonzero(~np.isfinite(y))[0])} is NaN or infinite, {path}, label every sample"
-        )
-    bad = ~np.isfinite(x)
-    if bad.any():
-        where = ", ".join(str(int(k)) for k in np.argwhere(bad)[0])
-        raise UserError(f"NaN or infinite value at x[{where}], {path}, fill it in or leave the sample out")
+        missing = first + int(np.flatnonzero(~np.isfinite(y))[0])
+        raise UserError(f"label {missing} is NaN or infinite, {path}, label every sample")
 
 
 def read_csv(path: Path) -> Samples:
@@ -191,13 +189,7 @@ def _feature_matrix(features: pd.DataFrame, where: str) -> np.ndarray:
                 f"{str(column.iloc[row])[:40]!r} in column {str(name)!r}, data row {row + 1}, is no number, {where}, "
                 "encode text features as numbers or remove the column"
             ) from error
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
-        row, k = (int(index) for index in bad[0])
-        what = "an empty or NaN value" if np.isnan(numbers[row, k]) else "an infinite value"
-        raise UserError(
-            f"{what} in column {str(features.columns[k])!r}, data row {row + 1}, {where}, fill it in or remove the row"
-        )
+    check_finite(numbers, lambda index: f"column {str(features.columns[index[1]])!r}, data row {index[0] + 1}, {where}")
     return numbers
 
 
@@ -215,7 +207,5 @@ def _text_labels(column: pd.Series, where: str) -> np.ndarray:
 
 
 def _label_text(y: np.ndarray) -> np.ndarray:
-    """Return labels as text; whole numbers stored as floats lose their ".0" (3.0 is the label 3)."""
-    if y.dtype.kind == "f" and (y == np.trunc(y)).all() and (np.abs(y) < 2**53).all():
-        y = y.astype(np.int64)
-    return y.astype(str)
+    labels, codes = encode_labels(y)
+    return np.asarray(labels, str)[codes]

@@ -101,11 +101,11 @@ def even_starts(rows: int, least: int) -> np.ndarray:
 def encode_labels(y: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Return the different labels as text, and the number of each sample's; 3.0 is the label 3."""
     values, codes = np.unique(y, return_inverse=True)
-    return [label_text(value) for value in values.tolist()], codes.reshape(-1)
+    return [label_text(value) for value in values], codes.reshape(-1)
 
 
 def label_text(value: Any) -> str:
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    whole = isinstance(value, (float, np.floating)) and value.is_integer() and abs(float(value)) < 2**53
     return str(int(value)) if whole else str(value)
 
 

@@ -83,7 +83,7 @@ class StreamedDataset(Dataset):
         row_bytes = int(np.prod(self.shape)) * self.source.dtype.itemsize
         if size * row_bytes > LARGEST_BATCH:
             raise UserError(
-                f"a batch of {size} samples takes {size * row_bytes / 2**20:.0f} MiB, --batch-size {batch_size}, "
+                f"a batch of {size} samples takes {size * row_bytes / 2**20:.0f} MiB, study(batch_size={batch_size}), "
                 "give a smaller one: the data are streamed because they are too large to hold"
             )
         mean, sd = np.asarray(self.facts.mean), np.asarray(self.facts.sd)
@@ -102,8 +102,8 @@ class StreamedDataset(Dataset):
         first, last = np.searchsorted(self.held_rows, [block.first, block.first + len(y)])
         if y.min() < 0 or not np.array_equal(y[~training], self.held_labels[first:last]):
             raise UserError(
-                f"rows {block.first} to {block.first + len(y) - 1} have other labels than before, --data {self.name}, "
-                "give the same samples in the same order each time (the study shuffles them)"
+                f"rows {block.first} to {block.first + len(y) - 1} have other labels than before, "
+                f"study(data={self.name}), give the same samples in the same order each time (the study shuffles them)"
             )
         return block.x[training], y[training]
 

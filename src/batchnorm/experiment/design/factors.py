@@ -21,7 +21,7 @@ from ..training.networks import Architecture
 from ..training.runs import Run
 from .parsing import FULL
 from .plan import StudyPlan, rate_grid
-from .selection import choose_fastest, choose_rates
+from .selection import choose_fastest, choose_rates, rows_at
 
 BATCH_SIZE, OPTIMIZER = 60, "sgd"
 # A level gets as many updates as the study's own runs. A smaller batch gets more, until it has seen as many samples,
@@ -63,12 +63,8 @@ class Level:
 
     def rows(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of runs.csv at this level."""
-        return runs[
-            (runs["batch_size"] == self.batch_size)
-            & (runs["optimizer"] == self.optimizer)
-            & (runs["weight_decay"] == self.weight_decay)
-            & (runs["dropout"] == 0)
-        ]
+        own = {"batch_size": self.batch_size, "optimizer": self.optimizer, "weight_decay": self.weight_decay}
+        return rows_at(runs, **own, dropout=0)
 
 
 @dataclass(frozen=True)
@@ -111,10 +107,10 @@ def fit_batch_sizes(sizes: Sequence[int] | None, plan: StudyPlan, samples: int) 
     for size in sizes:
         if size > samples:
             raise UserError(
-                f"batch of {size} from {samples} training samples, --batch-size, give at most {samples}, or full"
+                f"batch of {size} from {samples} training samples, study(batch_size=…), give at most {samples}, or full"
             )
     if FULL in sizes and samples in sizes:
-        raise UserError(f"full is {samples} and named twice, --batch-size, leave out one of full and {samples}")
+        raise UserError(f"full is {samples} and named twice, study(batch_size=…), leave out one of full and {samples}")
     fitted = tuple(size or samples for size in sizes)
     return fitted, replace(plan, batch_size=plan.batch_size or samples)
 

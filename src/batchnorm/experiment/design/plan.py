@@ -123,6 +123,6 @@ def make_plan(
 def _check(plan: StudyPlan) -> None:
     seeds = len(plan.measure_seeds)
     if not 2 <= seeds <= MOST_SEEDS:
-        raise UserError(f"{seeds} seeds, --seeds, give between 2 and {MOST_SEEDS}: one seed shows no spread")
+        raise UserError(f"{seeds} seeds, study(seeds=…), give between 2 and {MOST_SEEDS}: one seed shows no spread")
     if plan.steps < 1:
-        raise UserError(f"{plan.steps} steps, --steps, give at least 1")
+        raise UserError(f"{plan.steps} steps, study(steps=…), give at least 1")

@@ -7,7 +7,7 @@ they share it.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -83,8 +83,19 @@ def choose_together(
     return {arm: chosen[arm] for arm in arms}
 
 
+def rows_at(runs: pd.DataFrame, **setting: Any) -> pd.DataFrame:
+    """Return the rows whose columns hold these values: floats to a millionth, all else exactly; None fits nothing."""
+    wanted = np.ones(len(runs), bool)
+    for column, value in setting.items():
+        if isinstance(value, float):
+            wanted &= np.isclose(runs[column].to_numpy(float), value, rtol=1e-6, atol=0)
+        else:
+            wanted &= (runs[column] == value).to_numpy(bool)
+    return runs[wanted]
+
+
 def _scores(runs: pd.DataFrame, arm: str, keys: list[str], column: str = "val_accuracy") -> Scores[tuple[float, ...]]:
-    rows = runs[(runs["purpose"] == "choose") & (runs["arm"] == arm)]
+    rows = rows_at(runs, purpose="choose", arm=arm)
     return {setting: group[column].tolist() for setting, group in rows.groupby(keys, sort=True)}
 
 
@@ -93,7 +104,7 @@ def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
 
     `runs` has the columns of runs.csv; `arms` in the order of the study, the first and the last compared.
     """
-    base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
+    base = rows_at(runs, weight_decay=0, dropout=0)
     chosen = choose_together({arm: _scores(base, arm, ["lr"]) for arm in arms})
     return {arm: float(setting[0]) for arm, setting in chosen.items()}
 
@@ -106,7 +117,7 @@ def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
     where one run in six is lost, one of two arms often loses one of its two choosing runs there and the other arm
     none, and the price of that run alone would send two equal arms to different rates.
     """
-    base = runs[(runs["weight_decay"] == 0) & (runs["dropout"] == 0)]
+    base = rows_at(runs, weight_decay=0, dropout=0)
     never = 2.0 * base["steps"]
     late = base["diverged"].astype(bool) | base["steps_to_target"].isna()
     steps = base["steps_to_target"].where(~late, never).clip(lower=1)

@@ -39,6 +39,6 @@ def train_one(run: Run, architecture: Architecture, data: Dataset) -> tuple[Row,
         raise
     except Exception as error:
         raise UserError(
-            f"training fails ({quote_error(error)}), --model {architecture.model} in run {run.run_id}, "
+            f"training fails ({quote_error(error)}), study(model={architecture.model}) in run {run.run_id}, "
             "correct the network and start again"
         ) from error

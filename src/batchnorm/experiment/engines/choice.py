@@ -1,4 +1,4 @@
-"""The engine that `--engine` names."""
+"""The engine that `study(engine=…)` names."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def check_engine(name: str, workers: int | None, address: str | None) -> None:
         UserError: an unknown engine, no workers, an address without Ray, or one at which no Ray answers.
     """
     if name not in ENGINES:
-        raise UserError(f"unknown engine {name!r}, --engine, give one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {name!r}, study(engine=…), give one of {', '.join(ENGINES)}")
     if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers, --workers, give at least 1")
+        raise UserError(f"{workers} workers, study(workers=…), give at least 1")
     if name == "ray":
         from .ray import check_address
 
         check_address(address)
     elif address is not None:
-        raise UserError(f"the {name} engine has no address, --address {address}, leave it out or add --engine ray")
+        raise UserError(
+            f"the {name} engine has no address, study(address={address}), leave it out or add study(engine=ray)"
+        )
 
 
 def open_engine(

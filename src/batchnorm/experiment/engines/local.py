@@ -102,7 +102,8 @@ def execute(
     except BrokenProcessPool as error:  # its message is long; the cause, where there is one, is short
         cause = quote_error(error.__cause__) if error.__cause__ else "out of memory?"
         raise UserError(
-            f"a worker process died ({cause}), --workers {workers}, continue with --resume and fewer workers"
+            f"a worker process died ({cause}), study(workers={workers}), "
+            "continue with study(resume=True) and fewer of them"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 The data go once into Ray's object store, from where every node maps them. A run comes back as values and this process,
 the driver, alone writes them: workers need no disk in common with it. Ray repeats the runs of a worker or node that is
-lost; a driver that is lost is started again with ``--resume``.
+lost; a driver that is lost is started again with ``study(resume=True)``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_address(address: str | None) -> None:
         return
     host, _, port = str(address).removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"no address of a Ray cluster, --address {address}, give HOST:PORT or auto")
+        raise UserError(f"no address of a Ray cluster, study(address={address}), give HOST:PORT or auto")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN) as connection:
             if os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false"):
@@ -58,12 +58,12 @@ def check_address(address: str | None) -> None:
     except OSError as error:
         raise _unreachable(address, error) from error
     if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise UserError(f"what answers there is not Ray, --address {address}, give the head node's HOST:PORT")
+        raise UserError(f"what answers there is not Ray, study(address={address}), give the head node's HOST:PORT")
 
 
 def _unreachable(address: str | None, error: BaseException) -> UserError:
-    where = f"--address {address}" if address else "--engine ray"
-    return UserError(f"no Ray to run on ({quote_error(error)}), {where}, start it there or leave --address out")
+    where = f"study(address={address})" if address else "study(engine=ray)"
+    return UserError(f"no Ray to run on ({quote_error(error)}), {where}, start it there or leave the address out")
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def _finished(submissions: Iterator[Any], at_once: int) -> Iterator[tuple[Row, d
             result = ray.get(ready)
         except ray.exceptions.RayError as error:
             raise UserError(
-                f"Ray lost a run for good ({quote_error(getattr(error, 'cause', None) or error)}), --engine ray, "
-                "look after the cluster and continue with --resume"
+                f"Ray lost a run for good ({quote_error(getattr(error, 'cause', None) or error)}), study(engine=ray), "
+                "look after the cluster and continue with study(resume=True)"
             ) from error
         if isinstance(result, UserError):
             raise result

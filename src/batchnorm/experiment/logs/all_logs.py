@@ -1,4 +1,4 @@
-"""The logs that `--log` names: runs are shown there besides the study's own files, which stay the record.
+"""The logs that `study(log=…)` names: runs are shown there besides the study's own files, which stay the record.
 
 The driver writes them, a run at a time and after the run's row is on disk. A log that already holds a run's row is left
 as it is, so that a resumed study adds what is missing and doubles nothing.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ...errors import UserError, quote_error
+from ..design.parsing import split_list
 from ..output.study_folder import Record, Row
 from .run_log import RunLog
 
@@ -17,12 +18,11 @@ LOGS = ("tensorboard", "mlflow")
 
 
 class RunLogs:
-    """All the logs that `--log` names, and what is common to them: names, order, errors."""
+    """All the logs that were asked for, and what is common to them: names, order, errors."""
 
     def __init__(self, names: str | Iterable[str], record: Record) -> None:
-        wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
         self._record = record
-        self._logs = [_make(name, record) for name in dict.fromkeys(wanted) if name]
+        self._logs = [_make(name, record) for name in dict.fromkeys(split_list(names)) if name]
 
     def catch_up(self, rows: list[Row]) -> None:
         """Open the logs and write those finished runs that they do not hold.
@@ -61,7 +61,7 @@ def _make(name: str, record: Record) -> RunLog:
         from .mlflow import MlflowLog
 
         return MlflowLog(record)
-    raise UserError(f"unknown log {name!r}, --log, give some of {', '.join(LOGS)}")
+    raise UserError(f"unknown log {name!r}, study(log=…), give some of {', '.join(LOGS)}")
 
 
 @contextmanager
@@ -71,5 +71,5 @@ def _one_sentence(log: RunLog) -> Iterator[None]:
     except log.errors as error:
         raise UserError(
             f"the log cannot be written ({quote_error(error)}), {log.where}, "
-            "make room there or leave it out of --log, and continue with --resume"
+            "make room there or leave it out of the logs, and continue with study(resume=True)"
         ) from error

@@ -61,19 +61,20 @@ class Record:
                 return []
             if not resume:
                 raise UserError(
-                    f"a study is there already, --out {self.folder}, continue it with --resume or give another --out"
+                    f"a study is there already, study(out={self.folder}), continue it with "
+                    "study(resume=True) or give another folder"
                 )
             differing = sorted(key for key in {*held, *options} if held.get(key) != options.get(key))
             if differing:
                 raise UserError(
-                    f"a study with other {', '.join(differing)} is there, --out {self.folder} --resume, "
-                    "repeat its options or give another --out"
+                    f"a study with other {', '.join(differing)} is there, study(out={self.folder}), "
+                    "repeat its options or give another folder"
                 )
             self.rewrite(rows)
             return rows
         except OSError as error:
             raise UserError(
-                f"cannot be written ({quote_error(error)}), --out {self.folder}, give a folder that can"
+                f"cannot be written ({quote_error(error)}), study(out={self.folder}), give a folder that can"
             ) from error
 
     @contextmanager
@@ -87,20 +88,23 @@ class Record:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot be written ({quote_error(error)}), --out {self.folder}, make room and continue with --resume"
+                f"cannot be written ({quote_error(error)}), study(out={self.folder}), make room and continue with "
+                "study(resume=True)"
             ) from error
 
     def _held_options(self) -> dict[str, Any] | None:
         if not self.plan_json.exists():
             if self.runs_csv.exists() or self.summary_json.exists():
-                raise UserError(f"files of another kind of study are there, --out {self.folder}, give another --out")
+                raise UserError(
+                    f"files of another kind of study are there, study(out={self.folder}), give another folder"
+                )
             return None
         try:
             held = json.loads(self.plan_json.read_text(encoding="utf-8"))
         except ValueError:
             held = None
         if not isinstance(held, dict):
-            raise UserError(f"damaged, {self.plan_json}, give another --out")
+            raise UserError(f"damaged, {self.plan_json}, give another folder")
         return held
 
     def read_rows(self) -> dict[str, Row]:

@@ -156,12 +156,13 @@ def interval_plot(claim: Claim, sign: int) -> Markup:
     parts += _ends(left, right, low, high)
     if estimate is not None:
         parts.append(Markup('<circle class="dot" cx="{:.1f}" cy="{}" r="5"/>').format(place(estimate), BAR))
-    said = f"Estimate {number(estimate)}, 95 % interval {_bound(low)} to {_bound(high)}, no effect at {number(null)}"
+    said = f"Estimate {number(estimate)}, 95 % interval {bound(low)} to {bound(high)}, no effect at {number(null)}"
     svg = Markup('<svg class="interval" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
     return svg.format(WIDTH, HEIGHT, said, Markup("").join(parts))
 
 
-def _bound(value: float | None) -> str:
+def bound(value: float | None) -> str:
+    """Return an end of an interval in words."""
     return "open" if value is None else number(value, 2)
 
 
@@ -189,9 +190,9 @@ def _anchor(x: float) -> str:
 def _ends(left: float, right: float, low: float | None, high: float | None) -> list[Markup]:
     """Return the bounds as texts below the ends of the bar, or as one text where two would touch."""
     if right - left < 44:
-        return [_text("num", (left + right) / 2, BAR + 20, f"{_bound(low)} – {_bound(high)}", _anchor(left))]
+        return [_text("num", (left + right) / 2, BAR + 20, f"{bound(low)} – {bound(high)}", _anchor(left))]
     ends = ((left, low), (right, high))
-    return [_text("num", x, BAR + 20, _bound(value), "middle") for x, value in ends if value is not None]
+    return [_text("num", x, BAR + 20, bound(value), "middle") for x, value in ends if value is not None]
 
 
 def _end(x: float, value: float | None, side: int) -> Markup:

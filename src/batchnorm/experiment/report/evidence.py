@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..analysis.intervals import student_half_width
+from ..design.selection import rows_at
 
 Trace = Mapping[str, Any]
 AFFINE_LEVELS = (5, 25, 50, 75, 95)
@@ -123,16 +124,10 @@ class StudyEvidence:
 
         A setting of None matches nothing.
         """
-        rows = self.runs
-        if rows.empty:
-            return rows
-        keep = (rows["purpose"] == "measure") & (rows["arm"].astype(str) == arm)
-        if level:
-            keep &= (rows["batch_size"] == level["batch_size"]) & (rows["optimizer"] == level["optimizer"])
-        for name, value in setting.items():
-            wanted = math.nan if value is None else value
-            keep &= np.isclose(rows[name].astype(float), wanted, rtol=1e-6, atol=1e-12)
-        return rows[keep]
+        if self.runs.empty:
+            return self.runs
+        own = {name: level[name] for name in ("batch_size", "optimizer")} if level else {}
+        return rows_at(self.runs, purpose="measure", arm=arm, **own, **setting)
 
     def fastest_rate(self, arm: str) -> float | None:
         """Return the rate at which the arm's speed is compared."""

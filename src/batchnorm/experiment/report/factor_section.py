@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .cards import SYMBOLS, measured
+from .cards import SYMBOLS, bound, measured
 from .evidence import Curve, StudyEvidence, finite
-from .figures import Figure, Plotly, axis, curve_traces, layout
-from .style import arm_color, arm_dash, arm_mark, label, number, percent
+from .figures import Figure, Plotly, axis, curve_traces, layout, means_trace
+from .style import arm_color, label, number, percent
 from .tables import Table
 
 TITLES = {"batch_size": "Batch size", "optimizer": "Optimizer"}
@@ -133,8 +133,7 @@ def _claim_words(claim: Mapping[str, Any]) -> str:
     if not measured(claim):
         return "○"
     estimate, low, high = (finite(claim.get(key)) for key in ("estimate", "ci_low", "ci_high"))
-    ends = f"{'open' if low is None else number(low, 2)} to {'open' if high is None else number(high, 2)}"
-    return f"{SYMBOLS.get(str(claim['verdict']), '=')} {number(estimate, 2)} ({ends})"
+    return f"{SYMBOLS.get(str(claim['verdict']), '=')} {number(estimate, 2)} ({bound(low)} to {bound(high)})"
 
 
 def _overview(evidence: StudyEvidence, factor: str, entries: Sequence[Entry]) -> Figure | None:
@@ -170,18 +169,14 @@ def _overview_traces(
     color, name = arm_color(evidence.arms, arm), label(arm)
     trained = [entry for entry in own if finite(entry.get("test_accuracy")) is not None]
     lost = [entry for entry in own if entry.get("impossible")]
-    mean = {
-        "type": "scatter", "mode": "lines+markers", "name": name, "legendgroup": name,
-        "x": [levels.index(entry["level"]) + offset for entry in trained],
-        "y": [entry["test_accuracy"] for entry in trained],
-        "line": {"color": color, "width": 2, "dash": arm_dash(evidence.arms, arm)},
-        "marker": {"size": 8, "symbol": arm_mark(evidence.arms, arm), "color": color},
-        "error_y": {
-            "type": "data", "array": [entry.get("test_half_width") for entry in trained], "color": color,
-            "thickness": 1.4, "width": 3,
-        },
-        "hovertemplate": "%{y:.1%}<extra>" + name + "</extra>",
-    }  # fmt: skip
+    mean = means_trace(
+        evidence.arms,
+        arm,
+        [levels.index(entry["level"]) + offset for entry in trained],
+        [entry["test_accuracy"] for entry in trained],
+        [entry.get("test_half_width") for entry in trained],
+        [label(entry["level"]) for entry in trained],
+    )
     cross = {
         "type": "scatter", "mode": "markers", "showlegend": False, "legendgroup": name,
         "x": [levels.index(entry["level"]) + offset for entry in lost], "y": [foot] * len(lost),

@@ -70,7 +70,7 @@ def accuracy(evidence: StudyEvidence) -> Figure | None:
     x = step_axis([step for curve in curves for step in curve.steps])
     drawn = layout(x, axis("validation accuracy", tickformat=".0%"), showlegend=True, hovermode="x unified")
     if evidence.target is not None:
-        drawn["shapes"] = [_rule(evidence.target)]
+        drawn["shapes"] = [rule(evidence.target)]
         text = f"target {percent(evidence.target)}"
         drawn["annotations"] = [note(text, xref="paper", x=0.005, xanchor="left", y=evidence.target, yanchor="bottom")]
         data += [mark for curve in curves for mark in _crossing(evidence, curve, evidence.target)]
@@ -82,17 +82,20 @@ def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0) -> list[
     """Return the band and the line of one curve; a step is `unit` long on the horizontal axis."""
     color, name = arm_color(names, curve.arm), label(curve.arm)
     x = [step * unit for step in curve.steps]
-    band = {
-        "type": "scatter", "mode": "lines", "x": x + x[::-1],
-        "y": curve.high + curve.low[::-1], "fill": "toself", "fillcolor": faded(color, 0.2),
-        "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name,
-    }  # fmt: skip
     line = {
         "type": "scatter", "mode": "lines", "x": x, "y": curve.median, "name": name, "legendgroup": name,
         "line": {"color": color, "width": 2.6, "dash": arm_dash(names, curve.arm)},
         "hovertemplate": "%{y:.1%}<extra>" + name + "</extra>",
     }  # fmt: skip
-    return [band, line]
+    return [band(x, curve.low, curve.high, color, showlegend=False, legendgroup=name), line]
+
+
+def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, **more: Any) -> Plotly:
+    """Return the area between two curves."""
+    return {
+        "type": "scatter", "mode": "lines", "x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself",
+        "fillcolor": faded(color, 0.2), "line": {"width": 0}, "hoverinfo": "skip", **more,
+    }  # fmt: skip
 
 
 def _crossing(evidence: StudyEvidence, curve: Curve, target: float) -> list[Plotly]:
@@ -123,9 +126,10 @@ def _curve_words(evidence: StudyEvidence, curve: Curve) -> str:
     return f"{curve.arm} ends at {percent(curve.median[-1])}{reached}."
 
 
-def _rule(y: float, **more: Any) -> Plotly:
+def rule(y: float) -> Plotly:
+    """Return a dotted line across the whole figure."""
     line = {"color": "--soft", "width": 1.2, "dash": "dot"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line, **more}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
 
 
 def note(text: str, **more: Any) -> Plotly:
@@ -257,14 +261,19 @@ def _sweep_traces(
         },
         "showlegend": False, "legendgroup": name, "hoverinfo": "skip",
     }  # fmt: skip
-    mean = {
-        "type": "scatter", "mode": "lines+markers", "x": at, "y": means, "name": name,
-        "legendgroup": name, "line": {"color": color, "width": 2, "dash": arm_dash(evidence.arms, arm)},
-        "marker": {"size": 8, "symbol": arm_mark(evidence.arms, arm), "color": color},
-        "error_y": {
-            "type": "data", "array": halves, "color": color, "thickness": 1.6, "width": 4,
-        },
-        "customdata": [number(cell.value) for cell in scored],
+    return [seeds, means_trace(evidence.arms, arm, at, means, halves, [number(cell.value) for cell in scored])]
+
+
+def means_trace(
+    arms: Sequence[str], arm: str, x: list[float], means: list[float], halves: list[float | None], names: list[str]
+) -> Plotly:
+    """Return an arm's means over the levels that `names` tells, with bars for half of their intervals."""
+    color, name = arm_color(arms, arm), label(arm)
+    return {
+        "type": "scatter", "mode": "lines+markers", "x": x, "y": means, "name": name,
+        "legendgroup": name, "line": {"color": color, "width": 2, "dash": arm_dash(arms, arm)},
+        "marker": {"size": 8, "symbol": arm_mark(arms, arm), "color": color},
+        "error_y": {"type": "data", "array": halves, "color": color, "thickness": 1.6, "width": 4},
+        "customdata": names,
         "hovertemplate": "%{customdata}: %{y:.1%}<extra>" + name + "</extra>",
     }  # fmt: skip
-    return [seeds, mean]

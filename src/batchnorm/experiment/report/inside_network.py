@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .evidence import AffineLayer, Fan, StudyEvidence
-from .figures import Figure, Plotly, axis, layout, note, step_axis
+from .figures import Figure, Plotly, axis, band, layout, note, rule, step_axis
 from .style import arm_color, arm_mark, faded, label, number
 
 
@@ -80,10 +80,7 @@ def _fan(
         }
         for other in fan.others.T
     ]  # fmt: skip
-    data.append({
-        "type": "scatter", "mode": "lines", "x": fan.steps + fan.steps[::-1], "y": lines[2] + lines[0][::-1],
-        "fill": "toself", "fillcolor": faded(color, 0.18), "line": {"width": 0}, "hoverinfo": "skip",
-    })  # fmt: skip
+    data.append(band(fan.steps, lines[0], lines[2], color))
     for line, level, width in zip(lines, fan.levels, (1.6, 2.8, 1.6), strict=False):
         data.append({
             "type": "scatter", "mode": "lines", "x": fan.steps, "y": line,
@@ -163,8 +160,7 @@ def _affine(
     x = axis("", tickvals=list(range(len(names))), ticktext=shown, showgrid=False, range=[-0.6, len(names) - 0.4])
     x.update(autotickangles=[0, -35, -70], ticklabeloverflow="allow")
     drawn = layout(x, axis(title, zeroline=False), showlegend=True, boxmode="group")
-    rule = {"color": "--soft", "width": 1.2, "dash": "dot"}
-    drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": start, "y1": start, "line": rule}]
+    drawn["shapes"] = [rule(start)]
     alt = f"Learned {title} by layer; training starts at {start:g}. " + " ".join(
         f"{layer.arm}, {layer.layer}: median {number(q[2])}, middle half {number(q[1])} to {number(q[3])}."
         for layer in layers

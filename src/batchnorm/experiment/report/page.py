@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -17,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -130,8 +130,7 @@ def asset(name: str) -> str:
 
 def json_for_script(value: Any) -> Markup:
     """Return JSON for a <script>: no text in it can end the script or open a comment; NaN and Inf become null."""
-    text = json.dumps(_known(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    return htmlsafe_json_dumps(_known(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def _known(value: Any) -> Any:

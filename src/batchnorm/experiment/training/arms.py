@@ -58,7 +58,7 @@ def _instance(place: NormPlace) -> nn.Module:
     if place.spatial_dims == 0:
         raise UserError(
             "a fully connected layer has one value a channel and nothing for instance normalization to average, "
-            f"--arms instance with {place.model}, leave the arm out or use a network whose hidden layers are "
+            f"study(arms=instance) with {place.model}, leave the arm out or use a network whose hidden layers are "
             "convolutions"
         )
     kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

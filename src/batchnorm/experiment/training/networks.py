@@ -109,7 +109,7 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
         UserError: samples that are no images, (H, W) or (C, H, W).
     """
     if len(shape) not in (2, 3):
-        raise UserError(f"cnn needs images (C, H, W), --model cnn with samples of shape {shape}, use --model mlp")
+        raise UserError(f"cnn needs images (C, H, W), study(model=cnn) with samples of shape {shape}, use mlp")
     layers: list[nn.Module] = [nn.Unflatten(1, (1, shape[0]))] if len(shape) == 2 else []
     width = 1 if len(shape) == 2 else shape[0]
     for maps, stride in ((16, 1), (32, 2), (32, 1), (64, 2)):
@@ -125,7 +125,7 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
 
 def _call_factory(name: str, arm: str, seed: int) -> tuple[nn.Module, bool]:
     """Return what the user's factory makes, and whether it has made the arm itself (it takes `arm`)."""
-    factory = find_factory(name, built_in=BUILT_IN)
+    factory = find_factory(name, "study(model=…)", built_in=BUILT_IN)
     try:
         parameters = set(inspect.signature(factory).parameters)
     except (TypeError, ValueError):  # some functions written in C have no signature
@@ -177,7 +177,7 @@ def model_digest(model: str) -> str | None:
     if model in BUILT_IN:
         return None
     try:
-        source = Path(inspect.getsourcefile(inspect.unwrap(find_factory(model))) or "")
+        source = Path(inspect.getsourcefile(inspect.unwrap(find_factory(model, "study(model=…)"))) or "")
         return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # defined without a file
         return None

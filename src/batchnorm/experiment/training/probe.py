@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ...inspect.modules import is_layer
+from ...inspect.from_run import graph_of_run
+from ...inspect.modules import is_layer, is_norm, names_of
+from ...inspect.untouched import modes_and_buffers_kept
 
 LEVELS = (15, 50, 85)  # the percentiles of the paper's Figure 1
 UNITS = 8
 PROBE_SAMPLES = 256
 
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_NORMS = (*_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 _NO_ACTIVATION = {"MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax"}
 _ACTIVATIONS = tuple(
     getattr(nn, name) for name in nn.modules.activation.__all__ if name not in _NO_ACTIVATION and hasattr(nn, name)
@@ -43,50 +43,33 @@ def trace_calls(model: nn.Module, example: Tensor) -> list[ModuleCall]:
     def note(name: str) -> Callable[..., None]:
         return lambda module, args: calls.append(ModuleCall(name, module, tuple(args[0].shape)))
 
-    with ExitStack() as stack, torch.no_grad(), as_evaluated(model):
-        for name, module in model.named_modules():
+    with ExitStack() as stack, modes_and_buffers_kept(model):
+        model.eval()
+        for module, name in names_of(model).items():
             if is_layer(module) or isinstance(module, (*_ACTIVATIONS, *_NORMS)):
                 stack.enter_context(module.register_forward_pre_hook(note(name)))
         model(example)
     return calls
 
 
-def hidden_calls(calls: list[ModuleCall]) -> list[ModuleCall]:
-    """Return the calls before the output layer, which is the last Conv or Linear called."""
-    last = max((k for k, call in enumerate(calls) if is_layer(call.module)), default=0)
+def hidden_calls(model: nn.Module, example: Tensor) -> list[ModuleCall]:
+    """Return the calls before that of the output layer, the last where there are several."""
+    outputs = graph_of_run(model, example, "study").output_layers()
+    calls = trace_calls(model, example)
+    last = max((k for k, call in enumerate(calls) if call.module in outputs), default=0)
     return calls[:last]
 
 
-@contextmanager
-def as_evaluated(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode, then restore the mode of every module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
-    """Run the block with batch statistics as in training, but without dropout and without moving any buffer.
+def use_batch_statistics(model: nn.Module) -> None:
+    """Let the network compute as in training, but without dropout.
 
     The paper's Figure 1 is about what the units are fed while they learn; the running averages start at (0, 1)
     and would show their own warming-up instead.
     """
-    with as_evaluated(model):
-        norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
-        kept = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
-        for module in norms:
+    model.eval()
+    for module in model.modules():
+        if is_norm(module):
             module.training = True
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in kept:
-                    buffer.copy_(value)
 
 
 class Probe:
@@ -99,7 +82,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self._x = x[:PROBE_SAMPLES]
-        calls = hidden_calls(trace_calls(model, x[:2]))
+        calls = hidden_calls(model, x[:2])
         activations = [call for call in calls if isinstance(call.module, _ACTIVATIONS)]
         self._at_input = bool(activations)
         sites = activations or calls
@@ -122,7 +105,8 @@ class Probe:
             hook = self.site.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
         else:
             hook = self.site.module.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
-        with hook, torch.no_grad(), as_trained(model):
+        with hook, modes_and_buffers_kept(model):
+            use_batch_statistics(model)
             model(self._x)
         value = seen[-1].movedim(-1 if self._channels_last else 1, -1).flatten(0, -2)
         if not self.units:
@@ -205,6 +189,6 @@ def layer_table(model: nn.Module, example: Tensor, batch_size: int) -> list[dict
         else:
             kind = type(module).__name__
             samples = getattr(module, "ghost_batch_size", None) or batch_size
-            m = positions * (samples if isinstance(module, _BATCH_NORMS) else 1)
+            m = positions * (samples if is_norm(module) else 1)
         table.append({"name": call.name, "kind": kind, "features": features, "positions": positions, "m": m})
     return table

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ...inspect.from_run import graph_of_run
 from ...inspect.modules import is_layer
+from ...inspect.untouched import modes_and_buffers_kept
 from ..data.dataset import Dataset
 from ..data.splits import HELD_OUT
 from .networks import Architecture
 from .optimizers import make_optimizer
-from .probe import Probe, affine_parameters, as_evaluated, drift_of_run, trace_calls
+from .probe import Probe, affine_parameters, drift_of_run
 from .runs import Run
 
 EVALUATIONS = 40
@@ -146,7 +148,8 @@ def update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> floa
 def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float | None:
     """Return the share of right answers in evaluation mode, None when a score is not finite."""
     right = 0
-    with torch.no_grad(), as_evaluated(model):
+    with modes_and_buffers_kept(model):
+        model.eval()
         for first in range(0, len(y), _EVALUATION_BATCH):
             scores = model(x[first : first + _EVALUATION_BATCH])
             if not bool(torch.isfinite(scores).all()):
@@ -170,10 +173,10 @@ def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
     def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (F.dropout(args[0], p, module.training), *args[1:])
 
-    called = [call.module for call in trace_calls(model, example) if is_layer(call.module)]
-    for module in dict.fromkeys(called):
-        if module is not called[0]:
-            module.register_forward_pre_hook(drop)
+    called = [call.module for call in graph_of_run(model, example, "study").calls]
+    layers = [module for module in dict.fromkeys(called) if module is not None and is_layer(module)]
+    for module in layers[1:]:
+        module.register_forward_pre_hook(drop)
 
 
 @contextmanager
