@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "variants").glob("*.md"))
+WITH_TESTS = [*PAGES, ROOT / "docs" / "works-with.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -19,7 +20,7 @@ def test_snippets_run(page):
         exec(compile(block, str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_TESTS, ids=lambda page: page.stem)
 def test_what_is_named_exists(page):
     text = page.read_text()
     for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
@@ -27,6 +28,13 @@ def test_what_is_named_exists(page):
         assert name in functions, f"{page.name}: {path}::{name}"
     for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_tool_has_a_test():
+    text = (ROOT / "docs" / "works-with.md").read_text().partition("## Versions")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| with |")]
+    assert len(rows) > 30
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py::\w+`", row)]
 
 
 def test_every_pair_has_a_cell_and_every_letter_a_test():

@@ -6,14 +6,15 @@ Rows: where the call runs. Columns: what is asked. Cells: the operator · who mo
 where         plain statistics                composed source (renorm, synchronized) in place              running
 ============  ==============================  =====================================  ====================  ===========
 eager         forward_update_running_ · it    stats → source → apply · we, after it  forward_inplace_ · it apply
-compiling     forward · update_running_once_  the same · update_running_once_        as plain              apply
+compiling     forward · update_running_once_  the same · update_running_once_        as plain              apply (1)
 transformed   F.batch_norm · it (see below)   reference · we, written out            as plain              F.batch_norm
 recompute     forward · nobody                stats → source → apply · nobody        as plain              apply
 ============  ==============================  =====================================  ====================  ===========
 
 - *plain*: the batch's own moments, or each slice's; a mask may select the positions. Without buffers nothing is moved:
   then eager is ``forward`` too.
-- *running*: evaluation and frozen layers; nothing is moved.
+- *running*: evaluation and frozen layers; nothing is moved. (1) F.batch_norm where Inductor is told to fold it into the
+  convolution before it (``freezing``, ``efficient_conv_bn_eval_fx_passes``).
 - *transformed*: vmap, jacrev and forward mode have rules for torch's operators alone; an exported or traced program
   runs where this package is not installed. What ``F.batch_norm`` does not have (a mask, slices, a skipped batch, an
   average over all batches) is the reference, which is made of torch's operators, and the update written out. Where
@@ -130,7 +131,8 @@ def recomputing() -> bool:
 
 def run(call: Call) -> Tensor:
     """The call, and the update of its buffers, by the table."""
-    if call.input.layout is torch._mkldnn:
+    # `is_mkldnn` would stay in a compiled graph as one more reader of the input
+    if call.input.layout is torch._mkldnn:  # type: ignore[attr-defined]  # torch does not declare it
         return _through_dense(call)
     validation.check_momentum(call.momentum, call.batch_statistics, call.running_mean, call.num_batches_tracked)
     where = where_we_run()
@@ -203,7 +205,8 @@ def normalize(call: Call) -> tuple[Tensor, Moments | None]:
 
 
 def _with_running(call: Call, real: Tensor | None) -> Tensor:
-    if where_we_run() is Where.TRANSFORMED:
+    where = where_we_run()
+    if where is Where.TRANSFORMED or (where is Where.COMPILING and _inductor_folds()):
         return _through_torch(call)
     mean, var = call.running_mean, call.running_var
     assert mean is not None  # _check
@@ -213,6 +216,13 @@ def _with_running(call: Call, real: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (call.input, *affine)):
         return FixedStatistics.apply(call.input, *affine, real, mean, var, *form[:3])
     return _apply(call.input, mean, var, *affine, *form)
+
+
+def _inductor_folds() -> bool:
+    """Whether Inductor is told to fold normalizations into convolutions: it looks for torch's operator alone."""
+    from torch._inductor import config  # loaded by whoever compiles
+
+    return bool(config.freezing or config.efficient_conv_bn_eval_fx_passes)
 
 
 def _torch_has(call: Call) -> bool:

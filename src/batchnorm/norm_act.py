@@ -11,7 +11,7 @@ from . import validation
 from .layer_call import run_layer
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormBase, refuse_scripting
 from .options import NAMES, make_options, shows_options
-from .pairs import known_activation, make_activation
+from .pairs import is_ours, known_activation, make_activation
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "BatchNormActBase"]
 
@@ -68,7 +68,7 @@ class BatchNormActBase(nn.Module):
         """
         norm: Any = self._modules["norm"]
         act = self._modules["act"]
-        word = known_activation(act, norm) if type(norm).forward is BatchNormBase.forward else None
+        word = known_activation(act, norm) if is_ours(norm) else None
         # a tracer and an exported program are to see the two modules; the flag is `torch.compiler.is_exporting()`'s
         if word is None or isinstance(input, _PROXY) or torch.compiler._is_exporting_flag:
             return self._one_after_the_other(input, residual, mask, domain)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 
+import pytest
 import torch
 from torch import nn
 
 import batchnorm
 
 KINDS = ["convert", "composite"]
+# What every test of torch's quantizers stands under.
+ENGINE = "x86"
+QUANTIZES = [
+    pytest.mark.skipif(ENGINE not in torch.backends.quantized.supported_engines, reason="no x86 quantized kernels"),
+    pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning"),  # its own
+    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),  # torch's defaults' own
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),  # torch's own, once a process
+]
 
 
 def torchs_block(features: int) -> nn.Module:

@@ -109,6 +109,19 @@ def test_other_modules_in_a_childs_place(kind, name, new):
     assert_same_calls(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_relu_becomes_a_gelu(kind):
+    """The recipe that walks over all modules and goes by the type finds each of them."""
+    theirs, ours = pair(kind)
+    found = []
+    for model in (ours, theirs):
+        found.append(sorted(name for name, module in model.named_modules() if isinstance(module, nn.ReLU)))
+        for name in found[-1]:
+            model.set_submodule(name, nn.GELU())
+    assert found[0] == found[1] == ["block.1.act", "stem.2"]
+    assert_same_calls(ours, theirs)
+
+
 def test_a_sequential_grows_and_shrinks():
     theirs, ours = pair("convert")
     for model in (ours, theirs):

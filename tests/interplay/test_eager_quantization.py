@@ -11,15 +11,9 @@ from torch.ao import quantization
 
 import batchnorm
 
-from .nets import KINDS, images, pair, stir
+from .nets import ENGINE, KINDS, QUANTIZES, images, pair, stir
 
-ENGINE = "x86"
-pytestmark = [
-    pytest.mark.skipif(ENGINE not in torch.backends.quantized.supported_engines, reason="no x86 quantized kernels"),
-    pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning"),  # its own
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),  # torch's defaults' own
-    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),  # torch's own, once a process
-]
+pytestmark = QUANTIZES
 
 
 def network() -> nn.Module:

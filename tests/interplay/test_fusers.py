@@ -79,13 +79,18 @@ def conv_norm_act() -> nn.Sequential:
     return stir(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
 
 
+def fused_alike(fuse, group: list[str], training: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Ours fused, torch's fused, and torch's as it was; both have become the same modules."""
+    theirs = conv_norm_act().double().train(training)
+    ours, fused = fuse(batchnorm.convert(copy.deepcopy(theirs)), group), fuse(theirs, group)
+    assert [type(m) for m in ours] == [type(m) for m in fused]
+    return ours, fused, theirs
+
+
 @eager_mode
 @pytest.mark.parametrize("group", GROUPS, ids=len)
 def test_eager_fuse_modules(group):
-    theirs = conv_norm_act().double().eval()
-    ours = batchnorm.convert(copy.deepcopy(theirs))
-    ours, fused = fuse_modules(ours, group), fuse_modules(theirs, group)
-    assert [type(m) for m in ours] == [type(m) for m in fused]
+    ours, _, theirs = fused_alike(fuse_modules, group, training=False)
     assert_same_eval(ours, theirs)
 
 
@@ -93,10 +98,7 @@ def test_eager_fuse_modules(group):
 @pytest.mark.parametrize("group", GROUPS, ids=len)
 def test_eager_fuse_modules_for_qat(group):
     """The fused module still holds the norm, which goes on training."""
-    theirs = conv_norm_act().double().train()
-    ours = batchnorm.convert(copy.deepcopy(theirs))
-    ours, fused = fuse_modules_qat(ours, group), fuse_modules_qat(theirs, group)
-    assert [type(m) for m in ours] == [type(m) for m in fused]
+    ours, fused, _ = fused_alike(fuse_modules_qat, group, training=True)
     x = images()
     for training in (True, True, False):
         assert_same(left_by(ours.train(training), x), left_by(fused.train(training), x))

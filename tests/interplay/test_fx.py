@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 
 import pytest
@@ -86,6 +87,32 @@ def test_fxs_own_fuser_leaves_the_function_alone(kind):
     fused = optimization.fuse(ours.eval())
     x = images()
     torch.testing.assert_close(fused(x), theirs.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+def test_fxs_own_fuser_folds_a_reverted_model():
+    theirs, ours = pair("convert")
+    fused, expected = (optimization.fuse(model.eval()) for model in (batchnorm.revert(ours), theirs))
+    assert called(fused) == called(expected)
+    assert len(called(fused)) < len(called(fx.symbolic_trace(theirs)))
+    x = images()
+    torch.testing.assert_close(fused(x), expected(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["", "stem"])
+@pytest.mark.filterwarnings(
+    "ignore:Was not able to save the following children modules as reprs:UserWarning"
+)  # its own
+def test_the_code_that_to_folder_writes_runs(kind, part, tmp_path):
+    """Also where the root itself is an nn.Sequential with a call of ours: its signature is copied into the code."""
+    theirs, ours = (model.get_submodule(part).eval() for model in pair(kind, torch.float32))
+    fx.symbolic_trace(ours).to_folder(tmp_path, "Written")
+    spec = importlib.util.spec_from_file_location("written", tmp_path / "module.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written, x = module.Written().eval(), images(dtype=torch.float32)
+    torch.testing.assert_close(written(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_revert_of_a_graph():

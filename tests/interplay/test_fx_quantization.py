@@ -13,14 +13,10 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qa
 import batchnorm
 from batchnorm.layers import say_not_quantized
 
-from .nets import KINDS, images, pair
+from .nets import ENGINE, KINDS, QUANTIZES, images, pair
 
-ENGINE = "x86"
 pytestmark = [
-    pytest.mark.skipif(ENGINE not in torch.backends.quantized.supported_engines, reason="no x86 quantized kernels"),
-    pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning"),  # its own
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),  # torch's defaults' own
-    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),  # torch's own, once a process
+    *QUANTIZES,
     pytest.mark.filterwarnings("ignore:.*batchnorm.revert:UserWarning"),  # ours, which one test here looks at
 ]
 

@@ -145,3 +145,23 @@ def test_compiled_before_convert_as_a_whole():
     assert_same_calls(ours, theirs)
     batchnorm.revert(ours)
     assert_same_calls(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["norm", "stem", "block.1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_revert_leaves_alone_what_was_wrapped_after_the_change(kind, part):
+    """The wrapper is bound to the module of ours, whose mode and class have to go on being the model's."""
+    theirs, ours = pair(kind)
+    for model in (ours, theirs):
+        wrap(model.get_submodule(part), [])
+    held = type(ours.get_submodule(part))
+    if held in (nn.Sequential, nn.BatchNorm2d):  # torch's own, which revert has nothing to do with
+        batchnorm.revert(ours)
+    else:
+        with pytest.warns(UserWarning, match=rf"revert: left alone: {part} \(its forward was replaced or compiled\)"):
+            batchnorm.revert(ours)
+    assert type(ours.get_submodule(part)) is held
+    for mode in (True, False):
+        theirs.train(mode)
+        ours.train(mode)
+        assert_same_calls(ours, theirs)
