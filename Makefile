@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 CXX_FILES := $(wildcard src/batchnorm/csrc/*/*.h src/batchnorm/csrc/*/*.cpp tests/csrc/*.cpp benchmarks/*.cpp)
 
-.PHONY: sanitize setup study figure test test-all lint format clean
+.PHONY: sanitize setup study figure test test-all fuzz lint format clean
 
 setup: $(READY)
 
@@ -27,6 +27,12 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Random programs against each tool for SECONDS in all; TARGETS is a comma-separated list.
+SECONDS ?= 600
+TARGETS ?=
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --targets '$(TARGETS)' --kinds
 
 # The README's figure and claims from the last `make study`; needs Chromium.
 figure: $(READY)
