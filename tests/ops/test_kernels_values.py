@@ -145,9 +145,10 @@ def test_any_choice_of_gradients(wanted: tuple[bool, ...], frozen: bool) -> None
         (1e-38, 1e-39),
     ],
 )
-def test_hard_magnitudes_in_float32(mean: float, sd: float, layout: str) -> None:
+@pytest.mark.parametrize("shape", [(16, 24, 13, 5), (70, 400, 3, 4)], ids=["maps", "small maps"])
+def test_hard_magnitudes_in_float32(shape: tuple[int, ...], mean: float, sd: float, layout: str) -> None:
     """Error of at most a few units in the last place of the output, at any mean and spread that float32 can hold."""
-    x = arranged((torch.randn(16, 24, 13, 5, dtype=torch.float64) * sd + mean).float(), layout)
+    x = arranged((torch.randn(shape, dtype=torch.float64) * sd + mean).float(), layout)
     grad = torch.randn(x.shape)
     form = (0.0, "", 0.0, 0)
     out, m, v, n = ops.forward(x, None, None, None, None, *form)
@@ -183,9 +184,10 @@ def test_activations_at_the_ends_of_the_number_line(activation: str, dtype: torc
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_tensors_beyond_the_cache(layout: str) -> None:
+@pytest.mark.parametrize("shape", [(9, 48, 125, 121), (2800, 48, 7, 7)], ids=["maps", "small maps"])  # 26 MB each
+def test_tensors_beyond_the_cache(shape: tuple[int, ...], layout: str) -> None:
     """Where outputs are streamed past the caches and the next channel is read ahead: the same values."""
-    x, grad, residual = (arranged(torch.randn(9, 48, 125, 121), layout) for _ in range(3))  # 26 MB each
+    x, grad, residual = (arranged(torch.randn(shape), layout) for _ in range(3))
     weight, bias = torch.randn(48), torch.randn(48)
     form = (1e-5, "relu", 0.0, 0)
     out, *moments = ops.forward(x, weight, bias, residual, None, *form)
@@ -198,12 +200,14 @@ def test_tensors_beyond_the_cache(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("spread", [1e-20, 1.0, 1e12])
-def test_gradient_sums_of_any_magnitude(magnitude: float, spread: float, layout: str) -> None:
+@pytest.mark.parametrize("shape", [(40, 19, 21, 20), (190, 700, 2, 2)], ids=["maps", "small maps"])
+def test_gradient_sums_of_any_magnitude(shape: tuple[int, ...], magnitude: float, spread: float, layout: str) -> None:
     """Within 2⁻²³ of the sum of the terms' magnitudes over √n, also where float32 products vanish or overflow.
 
     Products below float32's least number, all of a block, count as nothing: no gradient of γ could show them.
     """
-    x = arranged((torch.randn(40, 19, 21, 20, dtype=torch.float64) * spread).float(), layout)
+    centers = torch.linspace(-3, 3, shape[1], dtype=torch.float64).view(-1, 1, 1)
+    x = arranged(((torch.randn(shape, dtype=torch.float64) + centers) * spread).float(), layout)
     grad = arranged((torch.randn(x.shape, dtype=torch.float64) * magnitude + 0.1 * magnitude).float(), layout)
     form = (1e-5, "relu", 0.0, 0)
     mean, var, _ = ops.stats(x, None, 0)

@@ -15,8 +15,11 @@ class BackwardJob : public JobBase {
   std::int64_t partial_size() const { return 2 * item_channels_; }
 
   void reduce(std::int64_t item, std::int64_t index, bool fused, double* partial) const {
-    Chunk chunk = chunk_to_reduce(item, index, fused);
-    if (sums(coefficients_.select(item, chunk), chunk, partial)) return;
+    const bool columns = in_columns(item);
+    Chunk chunk = chunk_to_reduce(item, index, fused, columns);
+    const LoopTable& loops = coefficients_.select(item, chunk);
+    if (columns ? sums_of_columns(loops, chunk, channels(item), partial) : sums(loops, chunk, partial)) return;
+    if (columns) chunk = chunk_to_reduce(item, index, fused, false);
     sums(coefficients_.select_float64(item, chunk), chunk, partial);
   }
 
@@ -43,19 +46,33 @@ class BackwardJob : public JobBase {
   }
 
   void write(std::int64_t item, std::int64_t index, bool fused) const {
-    Chunk chunk = chunk_to_write(item, index, fused);
+    const bool columns = in_columns(item);
+    Chunk chunk = chunk_to_write(item, index, fused, columns);
     const LoopTable& loops = coefficients_.select(item, chunk);
-    (p_.channels_last ? loops.backward_elemt_channels_last : loops.backward_elemt_contiguous)[elemt_variant()](chunk);
+    (p_.channels_last || columns ? loops.backward_elemt_channels_last
+                                 : loops.backward_elemt_contiguous)[elemt_variant()](chunk);
   }
 
  private:
   // False where a float32 product may have overflowed or been subnormal. The caller then repeats the sums in float64.
   bool sums(const LoopTable& loops, const Chunk& chunk, double* partial) const {
-    std::fill(partial, partial + 2 * item_channels_, 0.0);
-    const auto reduce =
-        (p_.channels_last ? loops.backward_reduce_channels_last : loops.backward_reduce_contiguous)[reduce_variant()];
-    return reduce(chunk, partial, partial + item_channels_) &&
-           kernels().channels.all_finite(partial, 2 * item_channels_);
+    double* const dz_x = partial + item_channels_;
+    std::fill(partial, dz_x + item_channels_, 0.0);
+    bool exact = true;
+    if (p_.channels_last) exact = loops.backward_reduce_channels_last[reduce_variant()](chunk, partial, dz_x);
+    else
+      for_each_block(chunk, [&](const Chunk& block, std::int64_t first) {
+        exact &= loops.backward_reduce_contiguous[reduce_variant()](block, partial + first, dz_x + first);
+      });
+    return exact && kernels().channels.all_finite(partial, 2 * item_channels_);
+  }
+  bool sums_of_columns(const LoopTable& loops, const Chunk& chunk, std::int64_t channels, double* partial) const {
+    const ColumnSums columns(channels, partition_.columns());
+    const bool exact = loops.backward_reduce_channels_last[reduce_variant()](chunk, columns.row(0), columns.row(1));
+    columns.gather(0, partial);
+    columns.gather(1, partial + item_channels_);
+    return exact && kernels().channels.all_finite(partial, channels) &&
+           kernels().channels.all_finite(partial + item_channels_, channels);
   }
 
   Variant reduce_variant() const {

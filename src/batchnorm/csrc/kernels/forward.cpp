@@ -15,7 +15,7 @@ class ForwardJob : public JobBase {
 
   // `partial` gets the three rows of merge_moments.
   void reduce(std::int64_t item, std::int64_t index, bool fused, double* partial) {
-    const Chunk chunk = chunk_to_reduce(item, index, fused);
+    const Chunk chunk = chunk_to_reduce(item, index, fused, has_columns());
     const double count = std::max(partition_.count(slice(item), index), 1.0);
     const std::int64_t channels = this->channels(item);
     double* shift = partial + 2 * item_channels_;
@@ -44,9 +44,10 @@ class ForwardJob : public JobBase {
   }
 
   void write(std::int64_t item, std::int64_t index, bool fused) const {
-    Chunk chunk = chunk_to_write(item, index, fused);
+    const bool columns = in_columns(item);
+    Chunk chunk = chunk_to_write(item, index, fused, columns);
     const LoopTable& loops = coefficients_.select(item, chunk);
-    (p_.channels_last ? loops.apply_channels_last : loops.apply_contiguous)[variant_](chunk);
+    (p_.channels_last || columns ? loops.apply_channels_last : loops.apply_contiguous)[variant_](chunk);
   }
 
   // Without channels there are no items, so no finalize sets the counts.
@@ -68,17 +69,23 @@ class ForwardJob : public JobBase {
     const std::int64_t size = static_cast<std::int64_t>(size_of(p_.dtype));
     const std::int64_t stride = p_.channels_last ? 1 : chunk.channel_stride;
     const char* first = static_cast<const char*>(chunk.x) + offset * size;
-    if (stride == 1) to_float64(first, channels, shift);
-    else
-      for (std::int64_t k = 0; k < channels; ++k) to_float64(first + k * stride * size, 1, shift + k);
+    to_float64(first, channels, stride, shift);
     kernels().channels.finite_or_zero(shift, channels);
   }
 
   void moments(const Chunk& chunk, std::int64_t channels, double count, double* partial) const {
     double *square = partial + item_channels_, *shift = square + item_channels_;
-    std::fill(partial, shift, 0.0);
     const LoopTable& loops = kernels().loops[static_cast<int>(p_.dtype)];
-    (p_.channels_last ? loops.moments_channels_last : loops.moments_contiguous)(chunk, shift, partial, square);
+    if (has_columns()) {
+      const ColumnSums columns(channels, partition_.columns());
+      columns.spread(shift, 2);
+      loops.moments_channels_last(chunk, columns.row(2), columns.row(0), columns.row(1));
+      columns.gather(0, partial);
+      columns.gather(1, square);
+    } else {
+      std::fill(partial, shift, 0.0);
+      (p_.channels_last ? loops.moments_channels_last : loops.moments_contiguous)(chunk, shift, partial, square);
+    }
     kernels().channels.sums_to_moments(shift, size_of(p_.dtype) > 2, count, channels, partial, square);
   }
 

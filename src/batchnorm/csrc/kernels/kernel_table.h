@@ -59,12 +59,13 @@ struct Chunk {
   // loops then use z - center in place of x - center.
   double undo_slope = 0;
   Activation activation = Activation::none;
-  bool stream = false;  // write with stream (non-temporal) stores
+  bool stream = false;   // write with stream (non-temporal) stores
+  bool prefetch = true;  // false where all tensors are in cache: a prefetch then costs as much as a load
 };
 
 struct LoopTable {
-  // n values to float64 and back. The conversion back rounds once.
-  void (*to_float64)(const void* x, std::int64_t n, double* out);
+  // n values, `stride` apart, to float64, and n adjacent ones back. The conversion back rounds once.
+  void (*to_float64)(const void* x, std::int64_t n, std::int64_t stride, double* out);
   void (*from_float64)(const double* x, std::int64_t n, void* out);
   // Brings float32 coefficients from the order of the channels into the order in which a channels-last loop reads them.
   // Null: the order is the same.
@@ -114,6 +115,11 @@ struct ChannelKernels {
                          std::int64_t n, const ChannelCoefs&);
   // To float32. Every NaN becomes the same NaN, without a payload.
   void (*to_float32)(const double* values, std::int64_t n, float* out);
+  // Gives each of a channel's adjacent `columns` the value of the channel.
+  void (*spread)(const float* of_channels, std::int64_t n, std::int64_t columns, float* out);
+  void (*spread_float64)(const double* of_channels, std::int64_t n, std::int64_t columns, double* out);
+  // The sums of a channel's columns. The order of the additions depends on `columns` alone.
+  void (*gather)(const double* of_columns, std::int64_t n, std::int64_t columns, double* out);
 };
 
 struct Kernels {

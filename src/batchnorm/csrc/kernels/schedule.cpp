@@ -20,10 +20,9 @@ std::int64_t last_level_cache() {
 
 }  // namespace
 
-bool JobBase::exceeds_cache(const Problem& p, std::int64_t tensors) {
+bool JobBase::exceeds_cache(const Problem& p, std::int64_t tensors, std::int64_t quarters) {
   static const std::int64_t cache = last_level_cache();
-  // three quarters, because other processes share the cache
-  return p.n * p.c * p.s * static_cast<std::int64_t>(size_of(p.dtype)) * tensors >= cache / 4 * 3;
+  return p.n * p.c * p.s * static_cast<std::int64_t>(size_of(p.dtype)) * tensors >= cache / 4 * quarters;
 }
 
 bool JobBase::writes_full_cache_lines(const Problem& p) {

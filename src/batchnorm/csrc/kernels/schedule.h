@@ -98,6 +98,28 @@ template <class Job> void execute(Job& job, const ThreadPool& pool, Passes passe
   else execute_by_pass(job, pool, passes, serial);
 }
 
+// The sums of one chunk in the channels-last form: rows with a value for each column of its channels.
+class ColumnSums {
+ public:
+  ColumnSums(std::int64_t channels, std::int64_t columns)
+      : channels_(channels), columns_(columns), values_(uninitialized(3 * channels * columns)) {
+    std::fill_n(row(0), 2 * channels * columns, 0.0);
+  }
+
+  // Rows 0 and 1 are zero, row 2 is not set.
+  double* row(std::int64_t row) const { return values_.get() + row * channels_ * columns_; }
+  void spread(const double* of_channels, std::int64_t row) const {
+    kernels().channels.spread_float64(of_channels, channels_, columns_, this->row(row));
+  }
+  void gather(std::int64_t row, double* of_channels) const {
+    kernels().channels.gather(this->row(row), channels_, columns_, of_channels);
+  }
+
+ private:
+  std::int64_t channels_, columns_;
+  std::unique_ptr<double[]> values_;
+};
+
 // What the forward job and the backward job share: items, their slices and channels, and their chunks.
 class JobBase {
  public:
@@ -106,8 +128,9 @@ class JobBase {
       : p_(p),
         partition_(p),
         item_channels_(partition_.item_channels()),
-        coefficients_(p, items(), item_channels_),
-        stream_(outputs && p.out != p.x && exceeds_cache(p, inputs + outputs) && writes_full_cache_lines(p)) {}
+        coefficients_(p, items(), item_channels_, partition_.columns()),
+        stream_(outputs && p.out != p.x && exceeds_cache(p, inputs + outputs, 3) && writes_full_cache_lines(p)),
+        prefetch_(exceeds_cache(p, inputs + outputs, 1)) {}
 
   std::int64_t items() const { return p_.slices() * partition_.items_per_slice(); }
   std::int64_t items_per_slice() const { return partition_.items_per_slice(); }
@@ -139,17 +162,24 @@ class JobBase {
   }
 
  protected:
+  // Whether contiguous maps are read in the channels-last form. Loops in float64 are not, whose coefficients have a
+  // value a channel.
+  bool has_columns() const { return partition_.columns() > 1; }
+  bool in_columns(std::int64_t item) const { return has_columns() && !coefficients_.needs_float64(item); }
+
   // A chunk for the pass that sums. `fused`: the write pass of the same item is next.
-  Chunk chunk_to_reduce(std::int64_t item, std::int64_t index, bool fused) const {
-    Chunk chunk = partition_.chunk(slice(item), index, channel(item));
-    if (!fused || stream_ || p_.channels_last) chunk.out = chunk.grad_residual = nullptr;
+  Chunk chunk_to_reduce(std::int64_t item, std::int64_t index, bool fused, bool columns) const {
+    Chunk chunk = partition_.chunk(slice(item), index, channel(item), columns);
+    chunk.prefetch = prefetch_;
+    if (!fused || !prefetch_ || stream_ || p_.channels_last || columns) chunk.out = chunk.grad_residual = nullptr;
     return chunk;
   }
   // A chunk for the pass that writes. `fused`: the item's first pass was just here, and the next item follows.
-  Chunk chunk_to_write(std::int64_t item, std::int64_t index, bool fused) const {
-    Chunk chunk = partition_.chunk(slice(item), index, channel(item));
+  Chunk chunk_to_write(std::int64_t item, std::int64_t index, bool fused, bool columns) const {
+    Chunk chunk = partition_.chunk(slice(item), index, channel(item), columns);
     chunk.stream = stream_;
-    if (p_.channels_last) return chunk;
+    chunk.prefetch = prefetch_;
+    if (p_.channels_last || columns) return chunk;
     if (fused) {
       chunk.next_row = -chunk.next_row;
       // Prefetch the next item while this one is written. Otherwise memory is idle in this pass and the bound in the
@@ -164,13 +194,36 @@ class JobBase {
     }
     return chunk;
   }
+  // Calls f(block, first channel) for blocks of a contiguous chunk's channels: as many as a loop that sums can have.
+  // Their coefficients are in float64 wherever there is more than one block.
+  template <class F> void for_each_block(const Chunk& chunk, const F& f) const {
+    for (std::int64_t first = 0; first < std::max<std::int64_t>(chunk.channels, 1); first += kMaxItemChannels) {
+      Chunk block = chunk;
+      block.channels = std::min<std::int64_t>(chunk.channels - first, kMaxItemChannels);
+      const std::int64_t bytes = first * chunk.channel_stride * static_cast<std::int64_t>(size_of(p_.dtype));
+      const auto advance = [bytes](auto*& base) {
+        if (base)
+          base = static_cast<std::remove_reference_t<decltype(base)>>(
+              const_cast<char*>(static_cast<const char*>(static_cast<const void*>(base))) + bytes);
+      };
+      advance(block.x);
+      advance(block.grad);
+      advance(block.residual);
+      advance(block.out);
+      advance(block.grad_residual);
+      if (first) block.coefs = static_cast<const double*>(chunk.coefs) + first;
+      f(block, first);
+    }
+  }
   // Where the item's values stand in a (slices, c) array.
   double* item_row(double* rows, std::int64_t item) const { return rows + slice(item) * p_.c + channel(item); }
 
-  // Whether the tensors exceed the last-level cache. Then the outputs are written with stream stores, which read no
-  // cache line before they write it; a later reader would not find the outputs in cache anyway. Outputs that overwrite
-  // x are never streamed: their lines are in cache already, and to evict them first costs more than it saves.
-  static bool exceeds_cache(const Problem& p, std::int64_t tensors);
+  // Whether the tensors exceed so many quarters of the last-level cache.
+  // Three, because other processes share the cache: the outputs are written with stream stores, which read no cache
+  // line before they write it; a later reader would not find the outputs in cache anyway. Outputs that overwrite x are
+  // never streamed: their lines are in cache already, and to evict them first costs more than it saves. One: the loops
+  // prefetch.
+  static bool exceeds_cache(const Problem& p, std::int64_t tensors, std::int64_t quarters);
   // Whether most stores fill a cache line.
   static bool writes_full_cache_lines(const Problem& p);
 
@@ -178,7 +231,7 @@ class JobBase {
   Partition partition_;
   std::int64_t item_channels_;
   Coefficients coefficients_;
-  bool stream_;
+  bool stream_, prefetch_;
 };
 
 }  // namespace bn

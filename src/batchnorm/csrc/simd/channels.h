@@ -159,9 +159,59 @@ inline void to_float32_all(const double* values, std::int64_t n, float* out) {
   for (; i < n; ++i) out[i] = static_cast<float>(values[i] == values[i] ? values[i] : nan);
 }
 
+template <class A> void spread_all(const A* of_channels, std::int64_t n, std::int64_t columns, A* out) {
+  constexpr int w = lanes<A>();
+  // A vector may be longer than what is left of a channel: the next channel overwrites what it wrote too much. Only the
+  // last channels, behind which another thread may write, are written value by value.
+  const std::int64_t vectors = (columns + w - 1) / w, last = n - (vectors * w + columns - 1) / columns;
+  std::int64_t k = 0;
+  for (; k < last; ++k, out += columns) {
+    const V<A> value = broadcast(of_channels[k]);
+    for (std::int64_t j = 0; j < vectors; ++j) store_unaligned(out + j * w, value);
+  }
+  for (; k < n; ++k)
+    for (std::int64_t j = 0; j < columns; ++j) *out++ = of_channels[k];
+}
+
+// The sum of eight values, which lie in as many vectors as they need: halves first, on every instruction set alike.
+BN_INLINE double sum_of_eight(const VD* parts) {
+#if BN_VECTOR_BYTES == 64
+  typedef long long Places __attribute__((vector_size(64)));
+  const VD halves = parts[0] + __builtin_shuffle(parts[0], Places{4, 5, 6, 7, 0, 1, 2, 3});
+  const VD quarters = halves + __builtin_shuffle(halves, Places{2, 3, 0, 1, 6, 7, 4, 5});
+  return quarters[0] + quarters[1];
+#elif BN_VECTOR_BYTES == 32
+  const VD halves = parts[0] + parts[1];
+  return (halves[0] + halves[2]) + (halves[1] + halves[3]);
+#else
+  const VD quarters = (parts[0] + parts[2]) + (parts[1] + parts[3]);
+  return quarters[0] + quarters[1];
+#endif
+}
+
+// The columns j, j + 8, ... are added first, then these eight sums.
+inline void gather_all(const double* of_columns, std::int64_t n, std::int64_t columns, double* out) {
+  constexpr int w = lanes<double>(), sums = 8;
+  for (std::int64_t k = 0; k < n; ++k, of_columns += columns) {
+    if (columns < sums) {
+      double sum = of_columns[0];
+      for (std::int64_t j = 1; j < columns; ++j) sum += of_columns[j];
+      out[k] = sum;
+      continue;
+    }
+    VD parts[sums / w] = {};
+    std::int64_t j = 0;
+    for (; j + sums <= columns; j += sums)
+      unroll<sums / w>([&](auto v) BN_ALWAYS { parts[v] += load_as<VD>(of_columns + j + v * w); });
+    double sum = sum_of_eight(parts);
+    for (; j < columns; ++j) sum += of_columns[j];
+    out[k] = sum;
+  }
+}
+
 inline ChannelKernels channel_kernels() {
-  return {&invstd,   &finite_or_zero, &all_finite,     &sums_to_moments, &chan_merge,
-          &add_sums, &affine_coefs,   &backward_coefs, &to_float32_all};
+  return {&invstd,       &finite_or_zero, &all_finite,     &sums_to_moments,   &chan_merge,         &add_sums,
+          &affine_coefs, &backward_coefs, &to_float32_all, &spread_all<float>, &spread_all<double>, &gather_all};
 }
 
 }  // namespace BN_ISA

@@ -30,9 +30,11 @@ template <class T, class A, Variant variant> struct Loops {
     for_each_row(chunk, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto coefs = load_coefs_contiguous<A>(chunk, k);
       const auto step = [&](std::int64_t i, std::int64_t, std::int64_t distance, auto access) BN_ALWAYS {
-        Step::prefetch_read(chunk, i, distance, false);
-        if (!chunk.stream) Step::prefetch_write(chunk, i, distance, false);
-        if (chunk.l2_distance) Step::template prefetch_later<true>(chunk, i, false);
+        if (chunk.prefetch) {
+          Step::prefetch_read(chunk, i, distance, false);
+          if (!chunk.stream) Step::prefetch_write(chunk, i, distance, false);
+          if (chunk.l2_distance) Step::template prefetch_later<true>(chunk, i, false);
+        }
         Step::apply(chunk, coefs, i, access);
       };
       for_each_vector<T, A, RowAccess>(chunk, start, mask, prefetch_channels<T>(chunk, k, row_prefetch), step);
@@ -43,9 +45,11 @@ template <class T, class A, Variant variant> struct Loops {
     chunk.l2_distance = l2_distance_channels_last<T>(chunk);
     const std::int64_t distance = l1_distance_channels_last<T>(chunk);
     const auto step = [&](std::int64_t i, std::int64_t, const auto& coefs, auto access) BN_ALWAYS {
-      if (chunk.stream) Step::prefetch_read(chunk, i, distance, false);
-      else Step::prefetch_write(chunk, i, distance, false);
-      Step::template prefetch_later<false>(chunk, i, false);
+      if (chunk.prefetch) {
+        if (chunk.stream) Step::prefetch_read(chunk, i, distance, false);
+        else Step::prefetch_write(chunk, i, distance, false);
+        Step::template prefetch_later<false>(chunk, i, false);
+      }
       Step::apply(chunk, coefs, i, access);
     };
     for_each_step_channels_last<T, A>(chunk, step);
@@ -56,9 +60,11 @@ template <class T, class A, Variant variant> struct Loops {
     for_each_row(chunk, [&](std::int64_t start, std::int64_t mask, std::int64_t k) BN_ALWAYS {
       const auto coefs = load_coefs_contiguous<A>(chunk, k);
       const auto step = [&](std::int64_t i, std::int64_t m, std::int64_t distance, auto access) BN_ALWAYS {
-        Step::prefetch_read(chunk, i, distance, true);
-        if (!chunk.stream) Step::prefetch_write(chunk, i, distance, true);
-        if (chunk.l2_distance) Step::template prefetch_later<true>(chunk, i, true);
+        if (chunk.prefetch) {
+          Step::prefetch_read(chunk, i, distance, true);
+          if (!chunk.stream) Step::prefetch_write(chunk, i, distance, true);
+          if (chunk.l2_distance) Step::template prefetch_later<true>(chunk, i, true);
+        }
         Step::elemt(chunk, coefs, valid_contiguous(chunk, m, access), i, access);
       };
       for_each_vector<T, A, RowAccess>(chunk, start, mask, prefetch_channels<T>(chunk, k, row_prefetch), step);
@@ -69,9 +75,11 @@ template <class T, class A, Variant variant> struct Loops {
     chunk.l2_distance = l2_distance_channels_last<T>(chunk);
     const std::int64_t distance = l1_distance_channels_last<T>(chunk);
     const auto step = [&](std::int64_t i, std::int64_t r, const auto& coefs, auto access) BN_ALWAYS {
-      if (chunk.stream) Step::prefetch_read(chunk, i, distance, true);
-      else Step::prefetch_write(chunk, i, distance, true);
-      Step::template prefetch_later<false>(chunk, i, true);
+      if (chunk.prefetch) {
+        if (chunk.stream) Step::prefetch_read(chunk, i, distance, true);
+        else Step::prefetch_write(chunk, i, distance, true);
+        Step::template prefetch_later<false>(chunk, i, true);
+      }
       Step::elemt(chunk, coefs, valid_channels_last(chunk, r), i, access);
     };
     for_each_step_channels_last<T, A>(chunk, step);
@@ -83,8 +91,10 @@ template <class T, class A, Variant variant> struct Loops {
     const auto row = [&](std::int64_t start, std::int64_t mask, std::int64_t k, BlockSums<A, 2>& block) BN_ALWAYS {
       const auto coefs = load_coefs_contiguous<A>(chunk, k);
       const auto step = [&](std::int64_t i, std::int64_t distance, V<A>(*sums)[2], auto access) BN_ALWAYS {
-        Step::prefetch_read(chunk, start + i, distance, true);
-        Step::prefetch_outputs(chunk, start + i);
+        if (chunk.prefetch) {
+          Step::prefetch_read(chunk, start + i, distance, true);
+          Step::prefetch_outputs(chunk, start + i);
+        }
         Step::reduce(chunk, coefs, valid_contiguous(chunk, mask + i, access), start + i, access, sums);
       };
       reduce_row<A, RowAccess>(chunk.length, prefetch, block, step);
@@ -108,7 +118,7 @@ template <class T, class A, Variant variant> struct Loops {
         coefs[k] = load_coefs_channels_last<A>(chunk, column + k * per_access * w, access);
       });
       for (std::int64_t r = r0; r < r1; ++r, prefetch += vectors * w) {
-        Step::template prefetch_tile<vectors>(chunk, prefetch);
+        if (chunk.prefetch) Step::template prefetch_tile<vectors>(chunk, prefetch);
         unroll<accesses>([&](auto k) BN_ALWAYS {
           Step::reduce(chunk, coefs[k], valid_channels_last(chunk, r),
                        r * chunk.row_stride + column + k * per_access * w, access, sums + k * per_access);

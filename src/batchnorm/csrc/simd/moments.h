@@ -6,8 +6,12 @@
 namespace bn {
 namespace BN_ISA {
 
-template <class T> void to_float64_all(const void* x, std::int64_t n, double* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = to_double(static_cast<const T*>(x)[i]);
+template <class T> void to_float64_all(const void* x, std::int64_t n, std::int64_t stride, double* out) {
+  const T* values = static_cast<const T*>(x);
+  if (stride == 1)
+    for (std::int64_t i = 0; i < n; ++i) out[i] = to_double(values[i]);
+  else
+    for (std::int64_t i = 0; i < n; ++i) out[i] = to_double(values[i * stride]);
 }
 
 template <class T> void from_float64_all(const double* x, std::int64_t n, void* out) {
@@ -104,7 +108,7 @@ template <class T, class A> struct Moments {
       });
       const T* x = static_cast<const T*>(chunk.x);
       for (std::int64_t r = r0; r < r1; ++r, prefetch += vectors * w) {
-        prefetch_tile_row<T, A, vectors>(x, prefetch);
+        if (chunk.prefetch) prefetch_tile_row<T, A, vectors>(x, prefetch);
         if (chunk.valid_mask && !chunk.valid_mask[r]) continue;
         unroll<vectors>([&](auto k) BN_ALWAYS {
           sums[k].add_vector(load(x + r * chunk.row_stride + c + k * w, access), column_shifts[k]);

@@ -156,7 +156,7 @@ double* OperatorCall::as_float64(const Tensor& t, std::int64_t expected, const c
     copy(copied, t);
   }
   float64_copies_.emplace_back(static_cast<std::size_t>(expected));
-  kernels().loops[static_cast<int>(type)].to_float64((dense ? t : copied).data(), expected,
+  kernels().loops[static_cast<int>(type)].to_float64((dense ? t : copied).data(), expected, 1,
                                                      float64_copies_.back().data());
   return float64_copies_.back().data();
 }
