@@ -95,3 +95,24 @@ def test_a_layer_under_a_dual_level_trains_on():
         with forward_ad.dual_level():
             module(forward_ad.make_dual(X, T))
     torch.testing.assert_close(layer.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 2, 3, 1), (4, 3, 1, 5)])
+def test_a_gradient_in_the_other_layout(shape, training):
+    """Where an axis has size 1, torch 2.13 takes such a gradient for one in the input's layout, and is wrong."""
+    n, c, h, w = shape
+    x = torch.randn(shape, dtype=torch.float64)
+    g = torch.randn(n, h, w, c, dtype=torch.float64).permute(0, 3, 1, 2)
+    weight, bias = torch.randn(c, dtype=torch.float64), torch.randn(c, dtype=torch.float64)
+    moments = (torch.randn(c, dtype=torch.float64), torch.rand(c, dtype=torch.float64) + 0.5)
+
+    def written_out(x):
+        mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)) if training else moments
+        scale = weight / (var + 1e-5).sqrt()
+        return (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    out = batch_norm(leaves[0], *(m.clone() for m in moments), weight, bias, training)
+    got, want = torch.autograd.grad(out, leaves[0], g)[0], torch.autograd.grad(written_out(leaves[1]), leaves[1], g)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
