@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from batchnorm import diagnose, fold, insert
+from batchnorm.inspect.from_fx import graph_of_trace
 from batchnorm.inspect.from_run import graph_of_run
 from batchnorm.inspect.graph import KEPT
+from batchnorm.inspect.modules import names_of
+from batchnorm.model_tools.insert import Normalized
 
 X = torch.randn(2, 3, 4, 4)
 HELD: list[object] = []
@@ -85,12 +88,13 @@ def _let_go():
 
 
 def readers(model, x=X):
-    return next(call for call in graph_of_run(model, x, "test").calls if call.name == "conv").readers
+    conv = next(call for call in graph_of_run(model, x, "test").calls if call.name == "conv")
+    return [reader.name for reader in conv.readers]
 
 
 @pytest.mark.parametrize("how", KEEP)
 def test_what_holds_a_result_after_the_forward_is_its_reader(how):
-    assert KEPT in readers(Net(KEEP[how]).eval())
+    assert KEPT.name in readers(Net(KEEP[how]).eval())
 
 
 @pytest.mark.parametrize("how", READ)
@@ -121,7 +125,7 @@ def test_an_input_that_takes_the_result_in():
             batch["h"] = self.conv(batch["x"])
             return self.norm(batch["h"])
 
-    assert KEPT in readers(Writes(None).eval(), ({"x": X},))
+    assert KEPT.name in readers(Writes(None).eval(), ({"x": X},))
 
 
 @pytest.mark.parametrize(
@@ -161,9 +165,41 @@ def test_a_result_of_an_earlier_forward_hinders_nobody():
     assert model.raw is raw
 
 
-def test_insert_takes_a_held_result_for_an_output():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Net(KEEP["attribute"]), nn.Flatten(), nn.Linear(48, 2))
-    model[2].norm = nn.Identity()
-    insert(model, X)
-    assert not isinstance(model[0], nn.Conv2d)
-    assert isinstance(model[2].conv, nn.Conv2d)
+class Held(nn.Module):
+    """Two hidden layers and an output layer; `keep` may hold the first one's result, and what `side` makes of it."""
+
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.first, self.side, self.second, self.last = (nn.Linear(4, 4) for _ in range(4))
+        self.keep = keep
+
+    def forward(self, x):
+        h = self.first(x)
+        self.keep(self, h)
+        return self.last(self.second(h.relu()).relu())
+
+
+HIDDEN = {
+    "nothing": (lambda m, h: None, {"first", "second"}),
+    "a hidden result": (lambda m, h: setattr(m, "seen", h), {"first", "second"}),
+    "a view of it": (lambda m, h: setattr(m, "seen", h[:, 1:]), {"first", "second"}),
+    "an auxiliary output": (lambda m, h: setattr(m, "aux", m.side(h)), {"first", "second"}),
+    "a function of one": (lambda m, h: setattr(m, "aux", m.side(h).sigmoid()), {"first", "second"}),
+    "a hidden auxiliary layer": (lambda m, h: m.second(m.side(h)), {"first", "second", "side"}),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_held_result_is_an_output_where_no_layer_reads_it(how, trace):
+    keep, hidden = HIDDEN[how]
+    model, x = Held(keep), torch.randn(3, 4)
+    graph = graph_of_trace(model) if trace else graph_of_run(model, x, "test")
+    called = {call.module for call in graph.calls}
+    names = names_of(model)
+    assert {names[layer] for layer in called - graph.output_layers()} == hidden
+    if not trace:
+        insert(model, x)
+        assert {
+            name for name in hidden | {"side", "last"} if isinstance(model.get_submodule(name), Normalized)
+        } == hidden

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,3 +111,21 @@ class TypeSwitch(nn.Module):
             if isinstance(layer, nn.Linear) and layer is not self.layers[-1]:
                 x = self.extra(x).relu()
         return x
+
+
+class Unregistered(nn.Module):
+    """Holds a part in a plain dict of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {"a": [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held["a"][0](x)
+
+
+def scripted(module: nn.Module) -> nn.Module:
+    """The module in TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)  # models have such parts all the same
+        return torch.jit.script(module)

@@ -17,7 +17,7 @@ from batchnorm.errors import UserError
 from batchnorm.model_tools import convert, revert
 from batchnorm.model_tools.freeze import is_frozen, unfreeze
 
-from .nets import PreActivation, Residual
+from .nets import PreActivation, Residual, Unregistered
 
 ACTIVATIONS = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.SiLU(), nn.Hardswish(), nn.Sigmoid(), nn.Tanh()]
 
@@ -301,6 +301,14 @@ def test_a_part_in_torchscript_is_left_alone_and_named():
         assert convert(model) is model
     assert model[0] is part
     torch.testing.assert_close(model(x), part(x).relu())
+
+
+def test_a_part_that_a_plain_dict_holds_is_left_alone_and_named():
+    model = nn.Sequential(Unregistered(), nn.BatchNorm1d(4))
+    with pytest.warns(UserWarning, match=r"left alone: 0.held.1 \(not registered as a submodule\)"):
+        convert(model)
+    assert type(model[0].held["a"][0][1]) is nn.BatchNorm1d
+    assert type(model[1]) is batchnorm.BatchNorm1d
 
 
 def test_an_activation_of_its_own_becomes_a_sequential():

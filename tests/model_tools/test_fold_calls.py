@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm import diagnose, fold
 
+from .nets import scripted
 from .test_fold import Block, check, trained
 
 SEVERAL = {
@@ -103,3 +106,65 @@ STAYS = {
 def test_channels_that_a_layer_after_cannot_tell(way):
     forward, last, reason = STAYS[way]
     check(trained(Then(forward, last)), torch.randn(2, 4, 4, 5).double(), {"norm": reason})
+
+
+class Holds(nn.Module):
+    """A normalization that its forward calls or not."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(3), calls
+
+    def forward(self, x):
+        return self.norm(x) if self.calls else x
+
+
+def by_a_closure() -> nn.Module:
+    block = Holds(True)
+    block.forward = lambda x: Holds.forward(block, x)
+    return block
+
+
+def by_a_hook() -> nn.Module:
+    block = Holds(False)
+    block.register_forward_pre_hook(lambda _, args: (block.norm(args[0]),))
+    return block
+
+
+@pytest.mark.parametrize("hold", [by_a_closure, by_a_hook])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_function_that_goes_on_calling_the_users_model(hold, mode):
+    """`copy.deepcopy` copies a function as it is, with the modules that it holds on to."""
+    model = trained(nn.Sequential(hold(), nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    norm = model[0].norm.train(mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded, report = fold(model, (x,))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert norm.training is mode
+    assert not norm._forward_pre_hooks
+    assert "goes on calling" in next(entry.reason for entry in report.stayed if entry.norm == "0.norm")
+    assert [entry.norm for entry in report.folded] == ["2"]
+    norm.eval()
+    torch.testing.assert_close(folded(-x), model(-x))
+
+
+def test_normalizations_in_torchscript_are_named():
+    model = trained(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), scripted(nn.BatchNorm2d(3).eval())))
+    _, report = fold(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
+    assert {entry.norm: entry.reason for entry in report.stayed}["2"] == "it is a TorchScript module"
+    assert [entry.into for entry in report.folded] == ["0"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("way", ["replaced", "wrapped"])
+def test_a_layer_whose_own_forward_was_replaced_stays(which, way):
+    model = trained(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    old = model[which].forward
+    model[which].forward = (lambda x: old(x) * 2) if way == "replaced" else functools.partial(old)
+    folded, report = fold(model, (torch.randn(2, 3, 4, 4, dtype=torch.float64),))
+    stayed = [entry for entry in report.stayed if entry.norm == "1"]
+    assert len(stayed) == 1
+    assert "forward of its own" in stayed[0].reason or "goes on calling" in stayed[0].reason
+    assert not diagnose(model, [torch.randn(2, 3, 4, 4).double()], select=["BN402"]).findings
+    assert type(folded[1]) is nn.BatchNorm2d

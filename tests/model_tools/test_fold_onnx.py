@@ -147,7 +147,7 @@ def test_what_a_branch_reads_of_the_graph_around_it_stays(tmp_path):
     path = save(tmp_path / "n.onnx", nodes, [*weights, *more, tensor("w", 4, 4, 1, 1)], [2, 4, 3, 3], ["y"])
     target = tmp_path / "folded.onnx"
     reasons = {entry.norm: entry.reason for entry in fold_onnx(path, target).stayed}
-    assert "also read elsewhere" in reasons["outer"]
+    assert "also read by if" in reasons["outer"]
     assert "does not read a layer's result" in reasons["inner"]
     x = RNG.standard_normal((2, 4, 3, 3)).astype(np.float32)
     np.testing.assert_array_equal(run(target, x)[0], run(path, x)[0])

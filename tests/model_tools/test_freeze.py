@@ -15,6 +15,8 @@ import batchnorm
 from batchnorm.errors import UserError
 from batchnorm.model_tools import convert, freeze, unfreeze
 
+from .nets import Unregistered, scripted
+
 
 class Foreign(nn.BatchNorm1d):
     """Another library's: its own forward and its own attribute."""
@@ -154,3 +156,36 @@ def test_what_a_parametrized_weight_is_computed_from_is_held_too():
     unfreeze(model)
     assert original.requires_grad
     assert torch.equal(original.grad, torch.ones_like(original))
+
+
+def test_what_cannot_be_held_is_named():
+    model = nn.Sequential(Unregistered(), scripted(nn.BatchNorm1d(4)), nn.BatchNorm1d(4))
+    reasons = r"left alone: 1 \(a TorchScript module\), 0.held.1 \(not registered as a submodule\)"
+    with pytest.warns(UserWarning, match=reasons):
+        freeze(model)
+    assert not model.train()[2].training
+    teacher = nn.Sequential(nn.BatchNorm1d(4))
+    model[2].teacher = [teacher, model]  # of what is held, what the model registers too is no news
+    with pytest.warns(UserWarning, match=r"held.1 .*, 2.teacher.0 \(not registered") as caught:
+        freeze(model)
+    assert str(caught[0].message).count("(") == 3
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_a_layer_that_lacks_one_of_its_statistics_is_refused(missing):
+    model = net()
+    setattr(model[1], missing, None)
+    with pytest.raises(UserError, match="1 keeps no running statistics"):
+        freeze(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.complex64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counters_of_any_dtype_are_held_and_go_on(kind, dtype):
+    model = net(kind)
+    model[1].num_batches_tracked = torch.ones((), dtype=dtype)
+    freeze(model).train()(torch.randn(8, 4))
+    assert model[1].num_batches_tracked == 1
+    unfreeze(model)(torch.randn(8, 4))
+    assert model[1].num_batches_tracked == 2
+    assert model[1].num_batches_tracked.dtype is dtype

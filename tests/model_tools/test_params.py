@@ -83,3 +83,13 @@ def test_models_that_do_not_match_are_refused(other, message):
     with pytest.raises(UserError, match=message):
         copy_statistics(source, other)
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.complex64, torch.int64), (torch.float16, torch.int32), (torch.int64,) * 2])
+def test_counters_of_any_dtype_are_copied(dtypes):
+    source, target = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    for model, dtype, count in zip((source, target), dtypes, (7, 1), strict=True):
+        model[0].num_batches_tracked = torch.tensor(count, dtype=dtype)
+    copy_statistics(source, target)
+    assert target[0].num_batches_tracked == 7
+    assert target[0].num_batches_tracked.dtype is dtypes[1]

@@ -14,7 +14,7 @@ import batchnorm
 from batchnorm.errors import UserError
 from batchnorm.model_tools import freeze, recalibrate
 
-from .nets import PreActivation
+from .nets import PreActivation, Unregistered
 
 
 def deep() -> nn.Sequential:
@@ -287,3 +287,51 @@ def test_a_model_that_writes_to_its_input_changes_no_batch(layerwise):
     seen = torch.nn.functional.silu(torch.cat(batches))
     torch.testing.assert_close(model[1].running_mean, seen.mean(0))
     torch.testing.assert_close(model[1].running_var, seen.var(0))
+
+
+COUNTERS = [torch.float32, torch.float16, torch.int32, torch.uint8, torch.complex64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", COUNTERS)
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, batchnorm.BatchNorm1d])
+def test_counters_of_any_dtype_are_set_and_put_back(kind, dtype):
+    model, x = nn.Sequential(kind(3)), torch.randn(300, 3)
+    model[0].num_batches_tracked = torch.ones((), dtype=dtype)
+    before = state(model)
+    result = recalibrate(model, x.split(1))
+    wraps = dtype is torch.uint8  # as torch's own counting does
+    assert model[0].num_batches_tracked == (300 % 256 if wraps else True if dtype is torch.bool else 300)
+    assert model[0].num_batches_tracked.dtype is dtype
+    result.undo()
+    assert_same(model, before)
+    assert model[0].num_batches_tracked.dtype is dtype
+
+
+def test_statistics_that_do_not_fit_a_half_precision_buffer_are_refused():
+    model, x = nn.Sequential(batchnorm.BatchNorm1d(3)).half(), torch.randn(64, 3).half()
+    recalibrate(model, [x]).undo()
+    before = state(model)
+    with pytest.raises(UserError, match=r"of 0 do not fit torch\.float16"):
+        recalibrate(model, [1000 * x])
+    assert_same(model, before)
+
+
+def test_what_no_walk_over_the_model_finds_is_named_and_left_as_it_was():
+    model = nn.Sequential(Unregistered(), nn.BatchNorm1d(4)).double()
+    model[0].held["a"][0].double()
+    norm = model[0].held["a"][0][1]
+    result = recalibrate(model, [torch.randn(8, 4).double()])
+    assert result.skipped == {"0.held.1": "not registered as a submodule"}
+    assert [*result.layers] == ["1"]
+    assert norm.running_mean.eq(0).all(), "in training mode, which model.train() and .eval() do not reach"
+    assert norm.num_batches_tracked == 0
+
+
+def test_frozen_layers_are_reached_on_request():
+    model, live = freeze(deep()), deep()
+    before = [(m.training, m.weight.requires_grad) for m in model.modules() if hasattr(m, "running_mean")]
+    recalibrate(model, data().split(20), frozen=True)
+    recalibrate(live, data().split(20))
+    for (key, value), other in zip(model.state_dict().items(), live.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    assert [(m.training, m.weight.requires_grad) for m in model.modules() if hasattr(m, "running_mean")] == before

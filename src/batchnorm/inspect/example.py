@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_map
 
 from ..errors import UserError
 from .modules import is_norm, refuse_lazy
+from .nests import arguments_of, tensors_in
 
-__all__ = ["copied", "no_encoder_fast_path", "run_example", "still"]
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    """Call the model on an example: a tuple is its positional arguments, a mapping its keyword arguments,
-    anything else its one argument."""
-    if isinstance(example, tuple):
-        return model(*example)
-    if isinstance(example, Mapping) and all(isinstance(key, str) for key in example):
-        return model(**example)
-    return model(example)
-
-
-def copied(example: Any) -> Any:
-    """The example with copies of its tensors: a model may write to its input."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, example)
+__all__ = ["no_encoder_fast_path", "run_example", "still"]
 
 
 @contextmanager
@@ -65,11 +50,10 @@ def run_example(model: nn.Module, example: Any, what: str) -> Any:
     still(model)
     try:
         with no_encoder_fast_path(), torch.compiler.set_stance("force_eager"):
-            return _call(model, example)
+            args, kwargs = arguments_of(example)
+            return model(*args, **kwargs)
     except Exception as error:
-        shapes = ", ".join(
-            str(tuple(t.shape)) for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, Tensor)
-        )
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(example))
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{what}: {type(model).__name__} does not run on the example input of shape {shapes or 'unknown'}: "

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from ..pairs import is_ours
 from .graph import ELSEWHERE, KEPT, GraphNode, ModelGraph
-from .modules import LAYERS, spatial_dims
+from .modules import LAYERS, is_replaced, spatial_dims
 from .operators import Effect
 
 __all__ = [
@@ -58,7 +58,7 @@ class FoldTarget(NamedTuple):
 
 def only_normalizes(norm: Any) -> bool:
     """Whether the module's forward is torch's or ours: another library's may do more."""
-    return is_ours(norm) or type(norm).forward in _TORCH_FORWARDS
+    return is_ours(norm) or getattr(type(norm), "forward", None) in _TORCH_FORWARDS
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,8 @@ def why_stays(norm: Any, graph: ModelGraph) -> str:
         return "its statistics depend on the domain"
     if parametrize.is_parametrized(norm):
         return "its γ or β is parametrized"
+    if is_replaced(norm):
+        return "it has a forward of its own"
     if norm._forward_hooks or norm._forward_pre_hooks:
         return "it has forward hooks"
     if graph.undecided:
@@ -127,7 +129,7 @@ def per_channel_read(layer: GraphNode, *vectors: Tensor) -> list[Tensor]:
 
 def foldable(graph: ModelGraph) -> Iterator[tuple[GraphNode, FoldTarget]]:
     """Yield every normalization of the graph that can be folded as it stands, and where it goes."""
-    for norm in {call.module or call: call for call in graph.calls}.values():  # each once, however often it is called
+    for norm in {call.identity: call for call in graph.calls}.values():  # each once, however often it is called
         if norm.effect is not Effect.NORM or norm.stays or (norm.module is not None and why_stays(norm.module, graph)):
             continue
         target = fold_target(norm, graph, (), partial(_why_not_module, norm.module))
@@ -155,7 +157,7 @@ def _beside_every(calls: list[GraphNode], graph: ModelGraph, find: _Find) -> tup
         siblings = [layer] if layer.module is None else graph.calls_of(layer.module)
         if any(call not in found for call in siblings):
             return (), f"{layer.name} is called more than once"
-    return tuple({layer.module or layer: layer for layer in found}.values()), ""
+    return tuple({layer.identity: layer for layer in found}.values()), ""
 
 
 def _layer_before(call: GraphNode, _: ModelGraph) -> tuple[list[GraphNode], str]:
@@ -184,13 +186,13 @@ def _layers_after(call: GraphNode, graph: ModelGraph) -> tuple[list[GraphNode], 
 
 def _why_read_elsewhere(read: GraphNode, readers: list[GraphNode]) -> str:
     """Why not these alone read the result, or ''."""
-    names = {reader.name for reader in readers}
-    others = [name for name in read.readers if name not in names]
+    expected = {reader.identity for reader in readers}
+    others = [reader for reader in read.readers if reader.identity not in expected]
     if not others:
         return ""
     if KEPT in others:
         return f"the result of {read.name} is also read elsewhere: something holds it when the forward is over"
-    where = ELSEWHERE if ELSEWHERE in others else f"by {others[0] or 'the model'}"
+    where = ELSEWHERE.name if ELSEWHERE in others else f"by {others[0].name or 'the model'}"
     return f"the result of {read.name} is also read {where}"
 
 
@@ -199,8 +201,10 @@ def _why_layer_stays(call: GraphNode) -> str:
     layer: Any = call.module
     if layer is None:
         return ""
-    if type(layer).forward not in _LAYER_FORWARDS:
+    if getattr(type(layer), "forward", None) not in _LAYER_FORWARDS:  # a ScriptModule's class has none
         return f"{call.name} is a {type(layer).__qualname__} with a forward of its own"
+    if is_replaced(layer):
+        return f"{call.name} has a forward of its own"
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         return f"{call.name} computes its weight"
     if layer._forward_hooks or layer._forward_pre_hooks:

@@ -12,7 +12,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 
 from ..errors import quote_error
 from .example import no_encoder_fast_path, still
-from .graph import Geometry, GraphNode, ModelGraph
+from .graph import OUTPUT, Geometry, GraphNode, ModelGraph
 from .modules import is_layer, is_norm, names_of
+from .nests import arguments_of
 from .operators import SHAPED_LIKE, Effect, effect_of, node_operator
 from .untouched import untouched
 from .ways import Step, connect
@@ -54,12 +55,7 @@ def why_no_program(model: nn.Module, example: Any) -> str:
 
 
 def _program(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, tuple):
-        args, kwargs = example, {}
-    elif isinstance(example, Mapping) and all(isinstance(key, str) for key in example):
-        args, kwargs = (), dict(example)
-    else:
-        args, kwargs = (example,), {}
+    args, kwargs = arguments_of(example)
     with untouched(model), no_encoder_fast_path(), _silence():
         still(model)
         try:
@@ -179,12 +175,10 @@ class _Reader:
             return
         mine = {id(parameter) for parameter in call.module.parameters(False)}
         reading = [user for node, key in self.parameters.items() if key in mine for user in node.users]
-        call.parameters_shared = any(self._reader(user) != call.name for user in reading if user.op != "output")
+        call.parameters_shared = any(self._reader(user).module is not call.module for user in reading)
 
-    def _reader(self, node: fx.Node) -> str:
-        if node in self.call_of:
-            return self.call_of[node].name
-        return "the model's output" if node.op == "output" else node_operator(node)
+    def _reader(self, node: fx.Node) -> GraphNode:
+        return OUTPUT if node.op == "output" else self.node_of[node]
 
 
 def _is_plain(node: fx.Node) -> bool:

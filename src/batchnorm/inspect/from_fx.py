@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .functions import describe, effect_of_function
-from .graph import KEPT, GraphNode, ModelGraph
+from .graph import KEPT, OUTPUT, GraphNode, ModelGraph
 from .modules import is_dropout, is_layer, is_norm
 from .operators import Effect, effect_of, node_operator
 from .untouched import untouched
@@ -85,11 +85,11 @@ class _TraceReader:
             if source is not None and new.effect in _CHANNELED and source.effect in _CHANNELED:
                 new.source, new.aligned = source, True
             for read in new.inputs:
-                read.readers.append(new.name)
+                read.readers.append(new)
             made[node] = new
             self.nodes.append(new)
         for node in kept & made.keys():
-            made[node].is_output = True
+            made[node].reaches_output = True
             made[node].readers.append(KEPT)
 
     def _node(self, node: fx.Node, root: nn.Module, prefix: str) -> GraphNode:
@@ -123,4 +123,4 @@ class _TraceReader:
     def _note_output(self, node: fx.Node, made: dict[fx.Node, GraphNode]) -> None:
         for read in (made[n] for n in node.all_input_nodes if n in made):
             read.is_output = read.reaches_output = True
-            read.readers.append("the model's output")
+            read.readers.append(OUTPUT)

@@ -55,21 +55,20 @@ class OnnxReader:
         self.layer_of: dict[GraphNode, OnnxLayer] = {}
         self.unknown: dict[GraphNode, str] = {}  # layers for whose input the channels of their source are not known
         self.readers: dict[str, list[Read]] = {}
-        self.titles: dict[str, str] = {}  # of the calls, by the name of each value that they make
+        self.makers: dict[str, GraphNode] = {}  # by the name of each value that they make
         self.results: dict[str, GraphNode] = {}
 
     def read(self) -> ModelGraph:
         """The graph as it stands now."""
         self.readers = self.scope.readers()
-        self.nodes_of, self.layer_of, self.unknown, self.titles, self.results = {}, {}, {}, {}, {}
+        self.nodes_of, self.layer_of, self.unknown, self.makers, self.results = {}, {}, {}, {}, {}
         self.producers = self.scope.producers()
-        made: dict[str, GraphNode] = {}
         for node in self.scope.body.node:
-            if any(name in made for name in node.output if name):
+            if any(name in self.makers for name in node.output if name):
                 continue  # an addition to a layer's bias
             call = self._call(node)
-            call.link([made[name] for name in node.input if name in made])
-            made.update((name, call) for name in self._values(call))
+            call.link([self.makers[name] for name in node.input if name in self.makers])
+            self.makers.update((name, call) for name in self._values(call))
         for call in self.nodes_of:
             if call.is_call:
                 self._connect(call)
@@ -91,7 +90,6 @@ class OnnxReader:
             call.stays, call.stays_before = layer.why_not(), layer.why_not_before()
         if call.is_call:
             self.results[self._values(call)[-1]] = call
-        self.titles.update((name, call.name) for name in self._values(call))
         return call
 
     def _values(self, call: GraphNode) -> list[str]:
@@ -261,10 +259,8 @@ class OnnxReader:
         values = self._values(call)
         call.readers = list(self._reading(values[-1]))
         call.is_output = values[-1] in self.scope.outputs
-        if len(set(call.readers)) < len(call.readers):
-            call.readers.append(ELSEWHERE)  # also where two nodes bear one name
 
-    def _reading(self, name: str) -> Iterator[str]:
+    def _reading(self, name: str) -> Iterator[GraphNode]:
         """Who reads a value, itself or through nodes that give it on."""
         if name in self.scope.outputs:
             yield ELSEWHERE
@@ -274,4 +270,5 @@ class OnnxReader:
             if slot == 0 and self._carries(node):
                 yield from self._reading(node.output[0])
             else:
-                yield self.titles.get(next((output for output in node.output if output), ""), title_of(node))
+                made = self.makers.get(next((output for output in node.output if output), ""))
+                yield made or GraphNode(title_of(node), Effect.OTHER)

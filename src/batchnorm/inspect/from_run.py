@@ -12,27 +12,26 @@ memory by an address, and what another thread runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .example import copied, run_example
+from .example import run_example
 from .feature_axes import FeatureAxes
 from .functions import FunctionCalls, describe, effect_of_function, features_last, in_eval
-from .graph import KEPT, Geometry, GraphNode, ModelGraph
+from .graph import KEPT, OUTPUT, Geometry, GraphNode, ModelGraph
 from .modules import is_dropout, is_layer, is_norm, names_of, names_of_tensors
+from .nests import copied, tensors_in
 from .operators import Effect, effect_of, operator_name
 from .storages import Key, key_of, still_alive
 from .untouched import untouched
 from .value_reads import PythonReads, ValueReads
 from .ways import Step, connect
 
-__all__ = ["graph_of_run", "tensors_in"]
+__all__ = ["graph_of_run"]
 
 
 def graph_of_run(model: nn.Module, example: Any, what: str) -> ModelGraph:
@@ -72,8 +71,9 @@ class _RunRecorder(TorchDispatchMode):
         self._tensor_names = names_of_tensors(model)
         self.values = ValueReads(model)
         self._from_input = _keys(example)
+        self._there = {*self._from_input, *map(key_of, (*model.parameters(), *model.buffers()))}  # before the forward
         layers = [module for module in self._names if is_layer(module)]
-        self._readers_of: dict[Key, set[str]] = {key_of(p): set() for m in layers for p in m.parameters(False)}
+        self._readers_of: dict[Key, set[GraphNode]] = {key_of(p): set() for m in layers for p in m.parameters(False)}
 
     # --- modules -----------------------------------------------------------------------------------
     def hook(self) -> list[Any]:
@@ -178,7 +178,7 @@ class _RunRecorder(TorchDispatchMode):
         self.values.note_method(name, keys, self._where())
         for key in keys:
             if key in self._results:
-                self._results[key].readers.append(name)
+                self._results[key].readers.append(GraphNode(name, Effect.OTHER))
 
     def _where(self) -> str:
         return self._names[self._stack[-1][0]] if self._stack else ""
@@ -198,18 +198,16 @@ class _RunRecorder(TorchDispatchMode):
     def _note(self, func: Any, keys: list[Key], written: list[Tensor], outputs: list[Tensor]) -> None:
         op = operator_name(func)
         call = self._inside()
-        reader = call.name if call is not None else op
+        node = call if call is not None else GraphNode(op, self._effect(func.namespace, op, keys))
         changed = {key_of(tensor) for tensor in written}
         views = {key_of(tensor) for tensor in outputs} - changed  # what reads a view or a copy of it is its reader
         held_on = {self._results[key] for key in views if key in self._results}
         for read in {self._results[key] for key in keys if key in self._results} - held_on:
-            read.readers.append(reader)
+            read.readers.append(node)
         for key in self._readers_of.keys() & keys:
-            self._readers_of[key].add(reader)
-        effect = self._effect(func.namespace, op, keys)
-        if effect is Effect.NORM and not any(is_norm(module) for module, _ in self._stack):
+            self._readers_of[key].add(node)
+        if node.effect is Effect.NORM and not any(is_norm(module) for module, _ in self._stack):
             self.functional_norms.append(self._where())
-        node = call if call is not None else GraphNode(op, effect)
         node.link(list(dict.fromkeys(self._made[key] for key in keys if key in self._made)))
         if node is not call and node.inputs:
             self.nodes.append(node)
@@ -238,14 +236,15 @@ class _RunRecorder(TorchDispatchMode):
         over, and who else used a layer's parameters."""
         for call in self.nodes:
             for parameter in call.module.parameters(False) if call.module and is_layer(call.module) else ():
-                call.parameters_shared |= bool(self._readers_of[key_of(parameter)] - {call.name})
-        for key in returned & self._made.keys():
+                readers = self._readers_of[key_of(parameter)]
+                call.parameters_shared |= any(reader.module is not call.module for reader in readers)
+        candidates = (self._made.keys() | self._results.keys()) - returned
+        kept = {*(candidates & self._there), *still_alive(candidates - self._there)}
+        for key in self._made.keys() & (returned | kept):
             self._made[key].reaches_output = True
-        kept = still_alive(self._results.keys() - returned)
-        for keys, reader in ((returned & self._results.keys(), "the model's output"), (kept, KEPT)):
-            for key in keys:
-                self._results[key].is_output = True
-                self._results[key].readers.append(reader)
+        for key, call in self._results.items():
+            call.is_output |= key in returned
+            call.readers += [reader for reader, keys in ((OUTPUT, returned), (KEPT, kept)) if key in keys]
 
 
 def _keys(tree: Any) -> set[Key]:
@@ -257,19 +256,6 @@ def _matrices(op: str, keys: list[Key]) -> list[Key]:
     if "convolution" in op:
         return keys[1:2]
     return keys[1:3] if op in ("addmm", "addmv", "baddbmm", "addbmm") else keys
-
-
-def tensors_in(tree: Any, depth: int = 3) -> list[Tensor]:
-    """The tensors in any nest of tuples, lists, mappings and objects that hold them as attributes."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping) and depth:
-            found += tensors_in(list(leaf.values()), depth - 1)
-        elif hasattr(leaf, "__dict__") and depth and not isinstance(leaf, (nn.Module, type)):
-            found += tensors_in(list(vars(leaf).values()), depth - 1)
-    return found
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

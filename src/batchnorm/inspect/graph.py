@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from .modules import channel_axis, is_layer
 from .operators import Effect, keeps_place
 
-__all__ = ["ELSEWHERE", "KEPT", "Geometry", "GraphNode", "ModelGraph"]
-
-ELSEWHERE = "elsewhere"  # a reader that has no name
-KEPT = "kept"  # a reader that comes after the forward: something holds the result then
+__all__ = ["ELSEWHERE", "KEPT", "OUTPUT", "Geometry", "GraphNode", "ModelGraph"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,9 @@ class GraphNode:
     source: GraphNode | None = None  # the call whose result is the first tensor, itself or a view of it, unchanged
     aligned: bool = False  # the channels of the source's result are those of the input
     spread: tuple[int, ...] = ()  # where they are others: the source's channel in each channel of the input
-    readers: list[str] = field(default_factory=list)  # what reads the very result: names of modules or operators
+    readers: list[GraphNode] = field(default_factory=list)  # what reads the very result; an operator has no module
     is_output: bool = False  # the model returns this very result
-    reaches_output: bool = False  # the model returns something that the node's value, as it is, is part of
+    reaches_output: bool = False  # the model returns, or something holds afterwards, what the value as it is is part of
     parameters_shared: bool = False  # something outside the layer reads its weight or bias
     tensors: dict[str, Tensor] = field(default_factory=dict)  # the model's, by name, that a function's call was given
     axis: int | None = None  # of the channels, in a function's call
@@ -56,6 +53,11 @@ class GraphNode:
     is_call: bool = False  # a layer or normalization that a fold can change: of a module, or of a file's node
     stays: str = ""  # why it cannot be changed, where the front end knows
     stays_before: str = ""  # why a layer cannot take in what comes after it
+
+    @property
+    def identity(self) -> Any:
+        """The same for all calls of one module. A name is not: an operator may bear a module's."""
+        return self.module or self
 
     def link(self, inputs: list[GraphNode]) -> None:
         """Make these the nodes whose values it reads."""
@@ -99,6 +101,12 @@ class GraphNode:
         yield from reached.items()
 
 
+# Readers that are no nodes of a graph.
+ELSEWHERE = GraphNode("elsewhere", Effect.OTHER)
+KEPT = GraphNode("kept", Effect.OTHER)  # comes after the forward: something holds the result then
+OUTPUT = GraphNode("the model's output", Effect.OTHER)
+
+
 @dataclass(frozen=True)
 class ModelGraph:
     """`nodes` in the order in which they ran; `functional_norms` names the modules that call `F.batch_norm`;
@@ -134,14 +142,14 @@ class ModelGraph:
                 calls.setdefault(node.module or weight, []).append(node)
         for group in calls.values():
             found = [[norm for norm in norms if norm.source is call] for call in group]
-            readers = [{norm.name for norm in after} for after in found]
-            if all(after and set(call.readers) == after for call, after in zip(group, readers, strict=True)):
+            if all(after and set(call.readers) == set(after) for call, after in zip(group, found, strict=True)):
                 yield group[0], found[0][0]
 
     def output_layers(self) -> set[nn.Module]:
         """Layers whose result the model returns: as it is, or by a way without any layer.
 
-        A layer that reaches the output only beside a skip connection, and feeds other layers too, is a hidden one.
+        A layer that feeds other layers too, and reaches the output only beside a skip connection or by being held when
+        the forward is over, is a hidden one.
         """
         found = set()
         for call in self._layer_calls():

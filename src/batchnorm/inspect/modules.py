@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import UserError
+from .nests import modules_in
 
 __all__ = [
     "LAYERS",
@@ -14,11 +16,14 @@ __all__ = [
     "is_dropout",
     "is_layer",
     "is_norm",
+    "is_replaced",
     "names_of",
     "names_of_tensors",
+    "norms_out_of_reach",
     "out_features",
     "refuse_lazy",
     "spatial_dims",
+    "unregistered_modules",
 ]
 
 LAYERS = (
@@ -59,6 +64,33 @@ def refuse_lazy(model: nn.Module, what: str) -> None:
                 f"{what}: {name or 'the model'} is a {type(module).__name__} that does not know its size yet; run the "
                 "model once on a batch first"
             )
+
+
+def unregistered_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that the model holds in a plain list, a dict or an object, and their names: no walk over the model
+    finds them, nor does `.train()`."""
+    found: dict[nn.Module, str] = {}
+    known = set(model.modules())
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            for held in modules_in(value) if attribute != "_modules" else ():
+                for inside, part in held.named_modules():
+                    if part not in known:
+                        found.setdefault(part, ".".join(filter(None, (name, attribute, inside))))
+    return found
+
+
+def norms_out_of_reach(model: nn.Module) -> dict[str, str]:
+    """The names of batch normalizations that no tool can change, and why."""
+    scripted = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    found = {n: "a TorchScript module" for n, m in scripted if "BatchNorm" in str(getattr(m, "original_name", ""))}
+    held = unregistered_modules(model).items()
+    return found | {name: "not registered as a submodule" for module, name in held if is_norm(module)}
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own, or a compiled one, which is bound to it and to its class."""
+    return "forward" in module.__dict__ or module._compiled_call_impl is not None
 
 
 def is_layer(module: nn.Module) -> bool:

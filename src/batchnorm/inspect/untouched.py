@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .modules import unregistered_modules
+
 __all__ = ["Preserved", "generators_kept", "modes_and_buffers_kept", "preserved", "untouched"]
 
 _CONTAINERS = (dict, list, set, deque)
@@ -93,7 +95,8 @@ class Preserved:
 
     def add_model(self, model: nn.Module, *, gradients: bool = False, parameters: bool = True) -> None:
         """Keep the modules, but those that are kept already."""
-        new = {module: _Attributes(module) for module in model.modules() if module not in self._attributes}
+        modules = (*model.modules(), *unregistered_modules(model))
+        new = {module: _Attributes(module) for module in modules if module not in self._attributes}
         self._attributes |= new
         for attributes in new.values():
             for tensor in attributes.tensors():

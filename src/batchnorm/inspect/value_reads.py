@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from .nests import tensors_in
+from .operators import operator_name
 from .storages import Key, key_of
 
 __all__ = ["PythonReads", "ValueReads"]
@@ -41,9 +42,9 @@ class ValueReads:
         """An operator read the storages `keys` of `inputs`, and wrote or made the tensors `made`."""
         fixed = self._are_fixed(keys)
         if not fixed and _BY_VALUE.intersection(func.tags) and not _picks_by_place(func, inputs):
-            self._add(func._schema.name.partition("::")[2], where)
+            self._add(operator_name(func), where)
         changed = {key for key in map(key_of, made) if not isinstance(key, int)}
-        if fixed and torch.Tag.nondeterministic_seeded not in func.tags and func._schema.name != "aten::lift_fresh":
+        if fixed and torch.Tag.nondeterministic_seeded not in func.tags and operator_name(func) != "lift_fresh":
             self._fixed |= changed
         else:
             self._fixed -= changed
@@ -74,14 +75,14 @@ class PythonReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _METHODS:
-            self._note(name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+            self._note(name, tensors_in((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
 
 def _picks_by_place(func: Any, inputs: list[Tensor]) -> bool:
     """Whether it is an indexing without a mask, whose result has the size of the indices."""
     masks = (torch.bool, torch.uint8)
-    return bool(func._schema.name == "aten::index" and not any(tensor.dtype in masks for tensor in inputs[1:]))
+    return bool(operator_name(func) == "index" and not any(tensor.dtype in masks for tensor in inputs[1:]))
 
 
 def _held(model: nn.Module) -> Iterator[Tensor]:

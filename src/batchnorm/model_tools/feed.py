@@ -1,33 +1,37 @@
-"""Batches: how a model is called on one, how many samples are in it, and a bar that shows how far we are."""
+"""Batches: how a model is called on one, and a bar that shows how far we are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from ..errors import UserError
+from ..inspect.nests import arguments_of, holds_data, is_tuple_of_parts, moved
 
-__all__ = ["feed", "progress_bar", "samples_in"]
+__all__ = ["feed", "progress_bar"]
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
     """Call the model on a batch as loaders give it: a mapping is its keyword arguments, of a tuple or list the
-    first element is the input, anything else is the input. Tensors are moved to the model's device."""
-    if isinstance(batch, (tuple, list)) and batch:
+    first element is the input, anything else is the input. Tensors are moved to the model's device.
+
+    Raises:
+        UserError: there is no tensor and no array in it.
+    """
+    if is_tuple_of_parts(batch) and batch:
         batch = batch[0]
+    if not holds_data(batch):
+        raise UserError(
+            f"a {type(batch).__name__} without a tensor or array is no batch that can be taken apart; pass "
+            "forward=, a function (model, batch) that calls the model"
+        )
     device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def samples_in(batch: Any) -> int:
-    """The length of the first tensor's first axis; 1 where there is none."""
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-    return 1 if first is None or first.dim() == 0 else int(first.shape[0])
+    batch = moved(batch, device, "the batch")
+    args, kwargs = ((batch,), {}) if is_tuple_of_parts(batch) else arguments_of(batch)
+    return model(*args, **kwargs)
 
 
 @contextmanager

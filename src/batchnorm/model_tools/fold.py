@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UserError, quote_error
-from ..inspect.example import copied, run_example
+from ..inspect.example import run_example, still
 from ..inspect.folding import fold_target, per_channel_read, scale_and_shift, why_not_into, why_stays
-from ..inspect.from_run import graph_of_run, tensors_in
+from ..inspect.from_run import graph_of_run
 from ..inspect.graph import GraphNode, ModelGraph
-from ..inspect.modules import is_norm
+from ..inspect.modules import is_norm, names_of, norms_out_of_reach
+from ..inspect.nests import copied, tensors_in
 from ..inspect.reading import decided
 from ..inspect.untouched import untouched
 from .comparison import TOLERANCES, Comparison, compare
@@ -26,6 +29,8 @@ from .replace import replace_all
 from .rest import rest_of
 
 __all__ = ["Fold", "FoldReport", "Folded", "fold"]
+
+_OUTSIDE = "a function that copying leaves as it is (a closure, say) goes on calling the original's layer from the copy"
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,23 @@ def fold(
         raise UserError("fold: a scripted model has no layers to fold into; fold the module and script the result")
     reference = _outputs(model, example_inputs)
     folder = _Folder(model, example_inputs, trust_example)
-    folder.run()
-    if folder.compare(reference).difference > _limit(reference, tolerance):
+    with _still(model):
+        folder.run()
+        compared = folder.compare(reference)
+    if compared.difference > _limit(reference, tolerance):
         folder = _Folder(model, example_inputs, trust_example)
-        folder.run_checked(reference, tolerance)
-    return Folded(folder.model, FoldReport(list(folder.entries.values()), *folder.compare(reference)))
+        with _still(model):
+            folder.run_checked(reference, tolerance)
+            compared = folder.compare(reference)
+    return Folded(folder.model, FoldReport(list(folder.entries.values()), *compared))
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """The user's model is left as it was: a function that holds on to it goes on calling it from the copy."""
+    with untouched(model):
+        still(model)
+        yield
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -148,15 +165,30 @@ def _limit(reference: list[Tensor], tolerance: float | None) -> float:
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
-    """A copy of the model; a tensor that an earlier forward left on it, which deepcopy would refuse, is detached."""
+    """A copy of the model; a tensor that an earlier forward left on it, which deepcopy would refuse, is detached, and
+    the parameters of TorchScript modules too, which autograd would follow into the copy."""
     left = [t for module in model.modules() for t in tensors_in(vars(module)) if t.grad_fn is not None]
     try:
-        return copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in left})
+        with torch.no_grad():
+            return copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in left})
     except Exception as error:
         raise UserError(
             f"fold: {type(model).__name__} cannot be copied: {quote_error(error)}; fold works on a copy, so make "
             "the model one that copy.deepcopy takes"
         ) from error
+
+
+@contextmanager
+def _calls_noted(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the normalizations that something calls meanwhile."""
+    called: list[str] = []
+    norms = [(name, module) for module, name in names_of(model).items() if is_norm(module)]
+    handles = [norm.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, norm in norms]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Folder:
@@ -169,8 +201,10 @@ class _Folder:
             lift(self.model)
         names = [name for name, module in self.model.named_modules() if is_norm(module)]
         self.entries = {name: Fold(name, None, "") for name in names}
-        self.refused: dict[str, str] = {}  # folds that did not hold the tolerance
-        seen = graph_of_run(self.model, example, "fold")
+        self.entries |= {name: Fold(name, None, f"it is {why}") for name, why in norms_out_of_reach(self.model).items()}
+        with _still(model), _calls_noted(model) as called:
+            seen = graph_of_run(self.model, example, "fold")
+        self.refused = dict.fromkeys(called, _OUTSIDE)  # and folds that did not hold the tolerance
         # Folding changes no control flow, so this is asked once.
         self.undecided = "" if trust_example else decided(seen, self.model, example).undecided
 

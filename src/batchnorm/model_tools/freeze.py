@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from ..errors import UserError
-from ..inspect.modules import is_norm, refuse_lazy
+from ..inspect.modules import is_norm, norms_out_of_reach, refuse_lazy
 from .derived import Derived, derived_class, original_class
 
 __all__ = ["freeze", "frozen_class", "is_frozen", "thawed_class", "unfreeze"]
@@ -63,15 +64,19 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises:
         UserError: a layer keeps no running statistics (`track_running_stats=False`), so it has nothing to be
             held at; the model is then unchanged.
+
+    Warns:
+        UserWarning: names the batch normalizations that are left alone: in TorchScript, or in a plain list or dict.
     """
     refuse_lazy(model, "freeze")
     norms = {name: m for name, m in model.named_modules() if is_norm(m) and not isinstance(m, _Frozen)}
     for name, norm in norms.items():
-        if norm.running_mean is None:
+        if norm.running_mean is None or norm.running_var is None:
             raise UserError(
                 f"freeze: {name or 'the model'} keeps no running statistics and uses the batch's in eval too; "
                 "give it track_running_stats=True and recalibrate it first"
             )
+    left = [f"{name or 'the model'} ({why})" for name, why in norms_out_of_reach(model).items()]
     for norm in norms.values():
         affine = _affine(norm)
         held = {name: (p.requires_grad, p.grad) for name, p in affine.items()}
@@ -84,6 +89,8 @@ def freeze(model: nn.Module) -> nn.Module:
         for parameter in affine.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+    if left:
+        warnings.warn(f"freeze: left alone: {', '.join(left)}", stacklevel=2)
     return model
 
 

@@ -62,10 +62,10 @@ def insert(model: nn.Module, example_input: Any, *, trust_example: bool = False,
 
     It stands before the activation, and the layer's bias is dropped, since the normalization subtracts it.
     What is hidden is seen by running the example: a layer whose result the model returns, or whose result
-    reaches what the model returns without passing another layer, is an output layer and left alone; what something
-    holds when the forward is over (`self.features = self.fc(x)`) counts as returned. So is a layer whose result
-    already meets a batch normalization before its activation, and one that the example never calls. A layer called
-    several times gets one batch normalization that is called as often.
+    reaches what the model returns without passing another layer, is an output layer and left alone. What something
+    holds when the forward is over (`self.aux = self.side(x)`) counts as returned where it goes into no other layer.
+    Left alone, too, are a layer whose result already meets a batch normalization before its activation, and one that
+    the example never calls. A layer called several times gets one batch normalization that is called as often.
 
     In the model each such layer becomes a `Normalized` with the parts `layer` and `batch_norm`: the model's
     forward and the layer's attributes stay; in the `state_dict`, `fc.weight` becomes `fc.layer.weight`.
@@ -208,8 +208,9 @@ def strip(model: nn.Module, example_input: Any, *, trust_example: bool = False) 
     seen = _seen(model, example_input, "strip", trust_example)
     if seen.functional_norms:
         raise UserError(
-            f"strip: {type(model).__name__}{_at(seen.functional_norms[0])} calls batch_norm as a function, which "
-            "cannot be taken out; write it as a BatchNorm module"
+            f"strip: {type(model).__name__}{_at(seen.functional_norms[0])} calls batch_norm as a function (or "
+            "in a module that is not registered, or in TorchScript), which cannot be taken out; write it as a "
+            "registered BatchNorm module"
         )
     plan = _plan_strip(model)
     inserted = [module for module in plan if isinstance(module, Normalized)]

@@ -122,7 +122,8 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> list[str]:
             )
     with torch.no_grad():
         for name, buffer in mine.items():
-            buffer.copy_(theirs[name])
+            given = theirs[name]  # a counter may be of any dtype
+            buffer.copy_(given.real if given.is_complex() else given)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in mine))
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, quote_error
-from ..inspect.example import copied
-from ..inspect.modules import is_norm, names_of, refuse_lazy
+from ..inspect.modules import is_norm, names_of, norms_out_of_reach, refuse_lazy
+from ..inspect.nests import copied, samples_in
 from ..inspect.untouched import generators_kept, untouched
 from ..statistics.pool import Gather, Pool, gather_over
-from .feed import feed, progress_bar, samples_in
+from .feed import feed, progress_bar
 from .freeze import is_frozen
 
 __all__ = ["Recalibration", "Shift", "recalibrate"]
@@ -70,6 +70,7 @@ def recalibrate(
     samples: int | None = None,
     layerwise: bool = True,
     unbiased: bool = True,
+    frozen: bool = False,
     process_group: Any = "world",
     progress: bool = False,
 ) -> Recalibration:
@@ -86,18 +87,22 @@ def recalibrate(
     normalizes by the batch's own statistics, as `torch.optim.swa_utils.update_bn` does: for deep networks
     on little hardware; the layers after the first then depend somewhat on how the data were cut.
 
-    Frozen layers are left alone: by `freeze`, or by `.eval()` on a layer while the model trains. So are layers without
-    running statistics, and ones that the data never reach. About 1,000 samples are enough (arXiv 2105.07576).
+    Frozen layers are left alone unless `frozen`: by `freeze`, or by `.eval()` on a layer while the model trains. So are
+    layers without running statistics, and ones that the data never reach. About 1,000 samples are enough
+    (arXiv 2105.07576).
 
     Args:
         model: any module.
-        batches: inputs, or (input, target) pairs of which the first is used, or dicts of keyword arguments; they are
-            moved to the model's device. Run through once a layer; an iterator is kept in memory for that.
-        forward: `forward(model, batch)`, for every other form of batch.
-        samples: stop after the batch with which this many samples have been seen, on each rank; None takes all.
+        batches: inputs, or (input, target) pairs of which the first is used, or mappings of keyword arguments, with
+            tensors in any nest of containers and objects; they are moved to the model's device. Run through once a
+            layer; an iterator is kept in memory for that.
+        forward: `forward(model, batch)`, for every other form of batch; it moves the batch itself.
+        samples: stop after the batch with which this many samples have been seen, on each rank; None takes all. The
+            first axis of the first tensor counts them, and a batch without any counts as one.
         layerwise: see above.
         unbiased: the variance that the buffers get: True divides by n − 1, as torch's own update does; False by n, the
             variance of exactly these data, as frameworks have it whose running variance is biased.
+        frozen: recalibrate frozen layers too; they stay frozen, at the new statistics.
         process_group: ranks whose data are pooled, each with its own batches, or none: "world" is all of them where
             `torch.distributed` is initialized, so all have to call; None pools nothing; or a group.
         progress: show a progress bar on stderr (needs rich).
@@ -112,7 +117,7 @@ def recalibrate(
     if samples is not None and samples < 1:
         raise UserError(f"recalibrate: samples is {samples}; give a budget of at least 1, or None for all")
     refuse_lazy(model, "recalibrate")
-    job = _Job(model, forward or feed, samples, gather_over(process_group), unbiased)
+    job = _Job(model, forward or feed, samples, gather_over(process_group), unbiased, frozen)
     job.open(batches)
     with untouched(model), torch.compiler.set_stance("force_eager"), progress_bar(progress, "recalibrate") as step:
         for module in model.modules():
@@ -131,18 +136,22 @@ class _Stop(BaseException):
 
 
 class _Job:
-    def __init__(self, model: nn.Module, forward: Forward, samples: int | None, gather: Gather, unbiased: bool) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Forward, samples: int | None, gather: Gather, unbiased: bool, frozen: bool
+    ) -> None:
         self.model, self.forward, self.samples, self.gather = model, forward, samples, gather
+        self.frozen = frozen  # these too
         self.variance = (lambda pool: pool.unbiased) if unbiased else (lambda pool: pool.var)
         norms = {name: module for module, name in names_of(model).items() if is_norm(module)}
         self.skipped = {name: why for name, norm in norms.items() if (why := self._why_not(norm))}
+        self.skipped |= norms_out_of_reach(model)
         self.norms: dict[str, Any] = {name: norm for name, norm in norms.items() if name not in self.skipped}
         self.calls = dict.fromkeys(self.norms, 0)  # in one forward
         self.seen = self.batches = 0
         self.tick: Callable[[], None] = lambda: None
 
     def _why_not(self, norm: nn.Module) -> str:
-        if is_frozen(norm) or (self.model.training and not norm.training):
+        if not self.frozen and (is_frozen(norm) or (self.model.training and not norm.training)):
             return "frozen"
         if getattr(norm, "domains", None) is not None:
             return "keeps its statistics by domain"
@@ -157,9 +166,18 @@ class _Job:
         seen = 0
         for batch in batches:
             yield batch
-            seen += samples_in(batch)
+            seen += self._samples(batch)
             if self.samples is not None and seen >= self.samples:
                 return
+
+    def _samples(self, batch: Any) -> int:
+        count = samples_in(batch)
+        if count is None and self.samples is not None:
+            raise UserError(
+                f"recalibrate: how many samples a {type(batch).__name__} holds cannot be told, so samples="
+                f"{self.samples} cannot be kept; pass fewer batches and samples=None"
+            )
+        return 1 if count is None else count
 
     def _run(self) -> None:
         """All batches once. The generators start from the same state each time, so that a shuffling or augmenting
@@ -170,7 +188,7 @@ class _Job:
             try:
                 for batch in self._within_budget(self.data):
                     self._run_batch(batch)
-                    self.seen += samples_in(batch)
+                    self.seen += self._samples(batch)
                     self.batches += 1
                     self.tick()
             except UserError as error:
@@ -183,7 +201,8 @@ class _Job:
 
     def _run_batch(self, batch: Any) -> None:
         try:
-            self.forward(self.model, copied(batch))  # a model may write to its input, and each pass needs the data
+            # A model may write to its input, and each pass needs the data.
+            self.forward(self.model, copied(batch, f"recalibrate: batch {self.batches}"))
         except _Stop:
             pass
         except UserError:
@@ -292,8 +311,13 @@ class _Job:
         norm = self.norms[name]
         norm.running_mean.copy_(pool.mean)
         norm.running_var.copy_(self.variance(pool))
+        if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+            raise UserError(
+                f"recalibrate: the statistics of {name or 'the model'} do not fit {norm.running_var.dtype}; keep its "
+                "running_mean and running_var in float32"
+            )
         if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.fill_(self.totals[1])
+            norm.num_batches_tracked.copy_(torch.tensor(self.totals[1]))  # of any dtype, and wraps as counting does
 
     def finish(self, pools: dict[str, Pool]) -> Recalibration:
         done = Recalibration({}, self.skipped, *self.totals)

@@ -67,7 +67,7 @@ def replace_all(model: nn.Module, plan: dict[nn.Module, nn.Module]) -> Replaced:
         return done
     holders = list(model.modules())
     for holder in holders:
-        if isinstance(holder, torch.jit.ScriptModule) and any(_concerns(plan, part) for part in holder.modules()):
+        if isinstance(holder, torch.jit.ScriptModule) and any(part in plan for part in holder.modules()):
             raise UserError(
                 f"{type(holder).__name__} is a TorchScript module, whose parts cannot be replaced; "
                 "change the Python model it was made from and script that"
@@ -77,11 +77,6 @@ def replace_all(model: nn.Module, plan: dict[nn.Module, nn.Module]) -> Replaced:
         if holder not in plan and not isinstance(holder, torch.jit.ScriptModule):
             _replace_in(holder, done)
     return done
-
-
-def _concerns(plan: dict[nn.Module, nn.Module], scripted: nn.Module) -> bool:
-    """Whether a part of a TorchScript module is to be replaced, or is a normalization that no plan can tell of."""
-    return scripted in plan or "BatchNorm" in str(getattr(scripted, "original_name", ""))
 
 
 def _replace_in(holder: nn.Module, done: Replaced) -> None:

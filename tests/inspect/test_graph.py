@@ -63,7 +63,7 @@ def test_calls_sources_and_outputs(front_end):
     assert calls["norm"].source is calls["conv"]
     assert calls["first"].source is None
     assert calls["last"].source is calls["first"]
-    assert calls["conv"].readers == ["norm"]
+    assert calls["conv"].readers == [calls["norm"]]
     assert not calls["conv"].is_output
 
 
@@ -74,6 +74,39 @@ def test_a_shared_weight_is_seen(front_end):
     graph = FRONT_ENDS[front_end](model)
     shared = {call.name for call in graph.calls if call.parameters_shared}
     assert {"side", "last"} & shared
+
+
+class Named(nn.Module):
+    """conv → a normalization of this name; an activation reads the convolution's result, or its weight, too."""
+
+    def __init__(self, name: str, reads: str):
+        super().__init__()
+        self.conv, self.name, self.reads = nn.Conv2d(3, 3, 1), name, reads
+        setattr(self, name, nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return getattr(self, self.name)(y), torch.relu(y if self.reads == "result" else self.conv.weight)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("name", ["norm", "relu", "kept", "elsewhere"])
+def test_a_module_that_bears_an_operators_name_is_not_taken_for_it(front_end, name):
+    model = Named(name, "result").eval()
+    graph = FRONT_ENDS[front_end](model)
+    assert "also read by relu" in targets(model, graph)[name]
+    assert not list(graph.directly_normalized())
+
+
+@pytest.mark.parametrize("front_end", ["run", "export"])
+def test_an_operator_that_bears_the_layers_name_shares_its_weight(front_end):
+    model = Named("norm", "weight").eval()
+    model.relu = model.conv
+    del model.conv
+    model.__dict__["conv"] = model.relu
+    (call,) = [call for call in FRONT_ENDS[front_end](model).calls if call.effect is Effect.LAYER]
+    assert call.name == "relu"
+    assert call.parameters_shared
 
 
 def test_a_part_that_cannot_be_traced_does_not_hide_the_others():
