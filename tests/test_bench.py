@@ -83,6 +83,13 @@ def test_a_whole_training_step(layout):
     result = model_step(net, torch.randn(4, 3, 6, 6), 0.01, layout)
     assert result["layers"] == 1
     assert result["speedup"] > 0
+    read, given = 4 * 4 * 4 * 4 * 4, 4 * 64 * 4  # what the normalization reads; what ReLU and Linear keep
+    kept = result["memory"]
+    assert {kind: memory["normalizations"] for kind, memory in kept.items()} == dict.fromkeys(kept, read)
+    assert kept["torch"]["others"] >= given
+    if layout == "contiguous":  # else Flatten copies
+        assert kept["save_memory"]["others"] <= kept["ours"]["others"] - given + 200  # some vectors a channel
+    assert all(memory["peak"] >= memory["normalizations"] + memory["others"] for memory in kept.values())
     with pytest.raises(UserError, match="no batch normalization"):
         model_step(nn.Linear(2, 2), torch.randn(3, 2), 0.01)
     with pytest.raises(UserError, match="raises on its example"):
@@ -123,6 +130,7 @@ def test_the_command_with_a_model(capsys, tmp_path, monkeypatch):
     code, out, _ = run(capsys, "--model", "their_nets:good", "--seconds", "0.01", "--layouts", "contiguous")
     assert code == 0
     assert "training step of their_nets:good" in out
+    assert "kept after the forward by normalizations" in out
     for name in ("nothing", "broken", "absent"):
         code, out, err = run(capsys, "--model", f"their_nets:{name}")
         assert (code, out) == (2, "")

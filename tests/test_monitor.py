@@ -208,3 +208,30 @@ def test_importing_takes_no_trainer():
     code = "import sys, batchnorm.callbacks; print('transformers' in sys.modules, 'lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_memory_of_a_step():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 2, 3))
+    with Monitor(model, every=2) as monitor:
+        train(model, 3)
+    before, after = 16 * 4 * 6 * 6 * 4, 16 * 4 * 6 * 6 * 4  # what the normalization read, what sigmoid and conv keep
+    vectors = 2 * 4 * 4  # torch's saved mean and invstd
+    assert monitor.memory is not None
+    assert (monitor.memory.normalizations, monitor.memory.others) == (before, after + vectors)
+    assert monitor.memory.peak > before
+    assert str(monitor.memory).startswith("kept by normalizations 0.0 MB, by others 0.0 MB, at the peak ")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at a hook's argument
+def test_memory_is_not_counted_in_a_compiled_model_and_a_forward_that_raises_ends_the_count():
+    model = torch.compile(net(), backend="eager")
+    with Monitor(model, every=1) as monitor:
+        model(images()).sum().backward()
+    assert monitor.memory is None
+    model = net()
+    with Monitor(model, every=1) as monitor:
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(2, 5, 8, 8))
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        model(images())
+    assert monitor.memory is not None

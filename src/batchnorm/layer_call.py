@@ -25,6 +25,7 @@ from .functional import batch_norm
 from .module_names import full_name
 from .moments import Moments
 from .ops import Form, fused
+from .rebuild import can_rebuild, mark_output
 from .running_stats import COMPILED_INSIDE_CHECKPOINT, Memory, SeenCall
 
 __all__ = ["run_layer"]
@@ -47,7 +48,8 @@ def run_layer(
     if input.dim() not in layer.usual_dims:
         layer._check_input_dim(input)
     options = layer.options
-    if options.plain and mask is domain is None and not inplace and not _is_dynamo_compiling():
+    rebuilt = layer.save_memory and can_rebuild(input, residual)
+    if options.plain and mask is domain is None and not (inplace or rebuilt or _is_dynamo_compiling()):
         # straight from nn.Module's dictionaries: its own look-up of five names costs half of what the operator does;
         # what lies elsewhere (pruned, parametrized) fits no fast call
         buffers, parameters = layer._buffers, layer._parameters
@@ -63,15 +65,19 @@ def run_layer(
             )  # fmt: skip
         if out is not None:
             return out
-    remembers = domain is not None or options.domains is not None or options.remembers
+    # a node in C++ shows nobody what it keeps
+    remembers = rebuilt or domain is not None or options.domains is not None or options.remembers
     run = _run_domains if remembers else _run_plainly
     try:
-        return run(layer, input, residual, mask, domain, activation, negative_slope, inplace)
+        out = run(layer, input, residual, mask, domain, activation, negative_slope, inplace)
     except Exception as error:
         kind = RuntimeError if isinstance(error, DistError) else type(error)
         if kind not in _REFUSALS:  # a compiler's own, which means something to it
             raise
         raise kind(f"{full_name(layer)}: {_circumstance(layer, error)}{error}") from error
+    if rebuilt:
+        mark_output(layer, out)
+    return out
 
 
 def _circumstance(layer: Any, error: Exception) -> str:

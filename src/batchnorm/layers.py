@@ -29,6 +29,7 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
     options: Options = DEFAULTS
     domain: int = 0  # whose statistics a call takes that does not say it
     frozen: bool = False
+    save_memory: bool = False  # outputs that a backward needs are computed again and not kept (docs/memory.md)
     usual_dims: ClassVar[tuple[int, ...]] = ()  # of an input that need not be looked at by `_check_input_dim`
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -197,7 +198,7 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         shown = [f"{name}={value}" for name, value in self.options.changed().items()]
-        return ", ".join([super().extra_repr(), *shown, *(["frozen=True"] if self.frozen else [])])
+        return ", ".join([super().extra_repr(), *shown, *(f"{name}=True" for name in ("frozen", "save_memory") if getattr(self, name))])
 
 
 @functools.cache

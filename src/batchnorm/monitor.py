@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as _optimizers
 
+from .bench import StepMemory, StorageCount, process_peak
 from .doctor.evidence.training_steps import in_backward
 from .errors import UserError
 from .inspect.modules import is_norm
@@ -65,9 +68,13 @@ class Monitor:
         with Monitor(model, writer=SummaryWriter()) as monitor:
             train(model)
         print(monitor.table())
+        print(monitor.memory)
 
     Every `every`-th training forward is measured. The other forwards only count their calls. Functional calls are not
     watched. `stop` removes all hooks.
+
+    `memory` is what the last measured forward kept for its backward, with the process's peak until then; None for a
+    compiled model. While a monitor watches, normalizations and activations run one after the other.
 
     Args:
         model: a module that contains batch normalization.
@@ -93,6 +100,9 @@ class Monitor:
         self._calls: dict[str, Counter[str]] = {name: Counter() for name in self.layers}
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
         self._counted: dict[str, tuple[int, int]] = {}
+        self.memory: StepMemory | None = None
+        self._count: StorageCount | None = None
+        self._counted_step = 0
         self._sampling = False
         self._driven = False
         self._handles: list[Any] = []
@@ -109,6 +119,7 @@ class Monitor:
         self.stop()
         self._handles = [
             self._model.register_forward_pre_hook(self._begin),
+            self._model.register_forward_hook(self._end, always_call=True),
             _optimizers.register_optimizer_step_post_hook(self._stepped),
         ]
         for module in self.layers.values():
@@ -119,11 +130,32 @@ class Monitor:
         """Remove the hooks. The rows stay."""
         while self._handles:
             self._handles.pop().remove()
+        self._stop_counting()
 
     # --- hooks -------------------------------------------------------------------------------------------
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if module.training and not in_backward() and not self._driven:
+        if not module.training or in_backward():
+            return
+        if not self._driven:
             self._advance()
+        if self._sampling and self._count is None and self._counted_step != self.step and not _is_compiled(module):
+            self._counted_step, self._count = self.step, StorageCount()
+            self._count.__enter__()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        count = self._stop_counting()
+        if count is None or output is None or not torch.is_grad_enabled():  # None: the forward raised
+            return
+        kept = count.memory(output)
+        parameter = next(module.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self.memory = replace(kept, peak=process_peak(device) or kept.peak)
+
+    def _stop_counting(self) -> StorageCount | None:
+        count, self._count = self._count, None
+        if count is not None:
+            count.__exit__(None, None, None)
+        return count
 
     def next_step(self) -> None:
         """Count a training step.
@@ -149,8 +181,17 @@ class Monitor:
         kind = "repeated" if repeated else "with gradient" if torch.is_grad_enabled() else "without gradient"
         self._calls[name][kind] += 1
         if self._sampling and not repeated and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            with torch.no_grad():
+            with torch.no_grad(), self._uncounted():
                 self._sample(name, module, args[0].detach(), output.detach())
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        count = self._count
+        if count is not None:
+            count.paused = True
+        yield
+        if count is not None:
+            count.paused = False
 
     # --- a sample ----------------------------------------------------------------------------------------
     def _sample(self, name: str, module: Any, input: Tensor, output: Tensor) -> None:
@@ -230,6 +271,11 @@ class Monitor:
                 f"{counts['without gradient']:>9}{counts['repeated']:>9}{counts['a step']:>8.3g}"
             )
         return "\n".join(lines)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made a part of the model: it runs eagerly where operators are counted."""
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
 def _percentiles(values: Tensor) -> list[float]:

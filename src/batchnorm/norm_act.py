@@ -11,7 +11,7 @@ from . import validation
 from .layer_call import run_layer
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormBase, refuse_scripting
 from .options import NAMES, make_options, shows_options
-from .pairs import is_ours, known_activation, make_activation
+from .pairs import known_activation, make_activation
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "BatchNormActBase"]
 
@@ -40,6 +40,7 @@ class BatchNormActBase(nn.Module):
         bias: bool = True,
         negative_slope: float = 0.01,
         inplace: bool = False,
+        save_memory: bool = False,
         **options: Any,
     ) -> None:
         validation.check_activation(activation)
@@ -48,6 +49,7 @@ class BatchNormActBase(nn.Module):
         self.norm = self.norm_type(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, **options
         )
+        self.norm.save_memory = save_memory
         self.act = make_activation(activation, negative_slope)
         self.inplace = inplace
 
@@ -68,7 +70,7 @@ class BatchNormActBase(nn.Module):
         """
         norm: Any = self._modules["norm"]
         act = self._modules["act"]
-        word = known_activation(act, norm) if is_ours(norm) else None
+        word = known_activation(act, norm) if getattr(type(norm), "forward", None) is BatchNormBase.forward else None
         # a tracer and an exported program are to see the two modules; the flag is `torch.compiler.is_exporting()`'s
         if word is None or isinstance(input, _PROXY) or torch.compiler._is_exporting_flag:
             return self._one_after_the_other(input, residual, mask, domain)
@@ -112,6 +114,8 @@ class BatchNormAct1d(BatchNormActBase):
         negative_slope: of "leaky_relu".
         inplace: the output may take the input's place in eager training on the CPU, for "leaky_relu" and None, where γ
             and β let the input be told from the output (docs/in-place.md). Only for an input that nobody else reads.
+        save_memory: the next operators keep no output for their backward: it is computed again from the input, bit for
+            bit (docs/memory.md). Not with a residual. It takes the place of `inplace`.
         ghost_batch_size, renorm, process_group, nonfinite, feature_axis, accumulation_steps, domains, domain_affine:
             of ``norm``, see `BatchNorm1d`.
 
@@ -150,6 +154,8 @@ class BatchNormAct2d(BatchNormActBase):
         negative_slope: of "leaky_relu".
         inplace: the output may take the input's place in eager training on the CPU, for "leaky_relu" and None, where γ
             and β let the input be told from the output (docs/in-place.md). Only for an input that nobody else reads.
+        save_memory: the next operators keep no output for their backward: it is computed again from the input, bit for
+            bit (docs/memory.md). Not with a residual. It takes the place of `inplace`.
         ghost_batch_size, renorm, process_group, nonfinite, feature_axis, accumulation_steps, domains, domain_affine:
             of ``norm``, see `BatchNorm2d`.
 
@@ -188,6 +194,8 @@ class BatchNormAct3d(BatchNormActBase):
         negative_slope: of "leaky_relu".
         inplace: the output may take the input's place in eager training on the CPU, for "leaky_relu" and None, where γ
             and β let the input be told from the output (docs/in-place.md). Only for an input that nobody else reads.
+        save_memory: the next operators keep no output for their backward: it is computed again from the input, bit for
+            bit (docs/memory.md). Not with a residual. It takes the place of `inplace`.
         ghost_batch_size, renorm, process_group, nonfinite, feature_axis, accumulation_steps, domains, domain_affine:
             of ``norm``, see `BatchNorm3d`.
 

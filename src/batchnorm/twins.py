@@ -17,7 +17,7 @@ TORCH_TYPES: dict[type, type] = {
     BatchNorm3d: nn.BatchNorm3d,
 }
 # what a layer of ours holds beside what torch's holds
-_OWN = (vars(BatchNorm2d(1)).keys() - vars(nn.BatchNorm2d(1)).keys()) | {"frozen", "domain"}
+_OWN = (vars(BatchNorm2d(1)).keys() - vars(nn.BatchNorm2d(1)).keys()) | {"frozen", "domain", "save_memory"}
 
 
 def same_insides(module: nn.Module, kind: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import batchnorm
+from batchnorm.rebuild.recipe import Recipe
 
 from .compare import Discard, Mismatch, Refused, Snapshot, agree, exact_batch_norm, reference, tool, train
 from .program import Case, Made, Program, Step, Touch, load
@@ -26,7 +27,7 @@ PAIR = Program((("a", LAYER), ("b", NORM)), STEPS, (3,), (2, 2, 3, 3))
 SEED = 1
 CASES = {  # about a second each
     "layers": 40, "convert_revert": 15, "fold": 5, "fuse": 2, "recalibrate": 12, "freeze": 12, "insert_strip": 8,
-    "fold_onnx": 10, "triton": 4,
+    "fold_onnx": 10, "save_memory": 30, "triton": 4,
 }  # fmt: skip
 module_of = {name: importlib.import_module(f"tests.fuzz.targets.{name}") for name in TARGETS}
 
@@ -69,6 +70,19 @@ def test_convert_revert_sees_a_wrong_weight_and_a_changed_mode(monkeypatch):
         run_case(case)
     monkeypatch.setattr(batchnorm, "convert", wrong(convert, lambda model: model.b.train()))
     with pytest.raises(Mismatch, match="modes"):
+        run_case(case)
+
+
+def test_save_memory_sees_an_output_that_is_rebuilt_wrong(monkeypatch):
+    program = Program(
+        (*PAIR.modules, ("c", Made("nn.Conv2d", (3, 2, (1, 1))))), (*STEPS, Step("{m}({0})", (3,), "c")), (4,),
+        (2, 2, 3, 3), training=True,
+    )  # fmt: skip
+    case = Case("save_memory", program)
+    assert run_case(case) == "agreed"
+    output = Recipe.output
+    monkeypatch.setattr(Recipe, "output", lambda recipe: output(recipe) * 1.001)
+    with pytest.raises(Mismatch, match=r"gradient c\.weight is not the same"):
         run_case(case)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .step_memory import StepMemory, StorageCount
 from .timing import interleaved
 
 
@@ -28,7 +30,8 @@ def model_step(
         dtype: "bfloat16" uses autocast for the forward.
 
     Returns:
-        The number of batch normalization layers, the layout, the dtype, the times and the speedup.
+        The number of batch normalization layers, the layout, the dtype, the times and the speedup, and the memory of a
+        step: with torch's layers, with ours, and with ours that rebuild outputs (`save_memory=True`).
 
     Raises:
         UserError: the network raises on the example, or has no batch normalization.
@@ -49,13 +52,31 @@ def model_step(
     if abs(losses["ours"] - losses["torch"]) > limit * max(1.0, abs(losses["torch"])):
         raise AssertionError(f"the first losses differ: {losses}")
     times = interleaved(steps, seconds)
+    memory = {
+        name: dataclasses.asdict(step_memory(m, example, dtype)) for name, m in (("torch", model), ("ours", ours))
+    }
+    memory["save_memory"] = dataclasses.asdict(step_memory(convert(ours, save_memory=True), example, dtype))
     return {
         "layers": layers,
         "layout": layout,
         "dtype": dtype,
         "seconds": {name: vars(timing) for name, timing in times.items()},
         "speedup": times["torch"].p50 / times["ours"].p50,
+        "memory": memory,
     }
+
+
+def step_memory(model: nn.Module, example: Any, dtype: str = "float32") -> StepMemory:
+    """Count what a forward of `model` keeps for the backward, and the peak of both."""
+    device = next(model.parameters()).device.type
+    model.zero_grad(set_to_none=True)
+    with StorageCount() as count:
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            result = _call(model, example)
+        kept = count.memory(result)
+        _first_tensor(result).float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    return dataclasses.replace(kept, peak=count.peak)
 
 
 def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Callable[[], float]:

@@ -125,16 +125,32 @@ def show_model(result: dict[str, Any]) -> Table:
 
     facts = result["machine"]
     title = f"training step of {result['model']} · torch {facts['torch']} · {facts['threads']} threads"
-    table = Table(title=f"{title} · {facts['allocator']}", title_justify="left")
-    for heading in ("layout", "dtype", "BN layers", "torch ms", "ours ms", "speedup"):
+    caption = "MB: kept after the forward by normalizations + by others, and the peak of a step"
+    table = Table(title=f"{title} · {facts['allocator']}", caption=caption, title_justify="left")
+    kinds = ("torch", "ours", "save_memory")
+    for heading in (
+        "layout",
+        "dtype",
+        "BN layers",
+        "torch ms",
+        "ours ms",
+        "speedup",
+        *(f"{kind} MB" for kind in kinds),
+    ):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
         times = row["seconds"]
         table.add_row(
             row["layout"], row["dtype"], str(row["layers"]), f"{times['torch']['p50'] * 1e3:.1f}",
             f"{times['ours']['p50'] * 1e3:.1f}", f"{row['speedup']:.2f}×",
+            *(_megabytes(row["memory"][kind]) for kind in kinds),
         )  # fmt: skip
     return table
+
+
+def _megabytes(memory: dict[str, int]) -> str:
+    kept, others, peak = (memory[name] / 1e6 for name in ("normalizations", "others", "peak"))
+    return f"{kept:.1f} + {others:.1f}, {peak:.1f}"
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:

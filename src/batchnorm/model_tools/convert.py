@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from ..errors import UserError
-from ..inspect.modules import is_norm
+from ..inspect.modules import is_norm, is_replaced, unregistered_modules
 from ..layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..norm_act import BatchNormActBase
 from ..options import DEFAULTS, NAMES, make_options, shows_options
@@ -64,7 +64,12 @@ _TORCHS[_BufferedBatchNorm2d] = nn.BatchNorm2d
 
 @shows_options(*NAMES)
 def convert(
-    model: nn.Module, *, fuse_sequential: bool = True, inplace: bool | None = None, **options: Any
+    model: nn.Module,
+    *,
+    fuse_sequential: bool = True,
+    inplace: bool | None = None,
+    save_memory: bool | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Make every torch `BatchNorm1d/2d/3d` and `SyncBatchNorm` one of ours, in place.
 
@@ -83,6 +88,8 @@ def convert(
         inplace: True lets a normalization's output take its input's place where it follows a convolution or linear
             layer in an `nn.Sequential` (docs/in-place.md): elsewhere others may read its input too. False takes that
             permission back everywhere.
+        save_memory: True lets a backward compute outputs again, bit for bit, that other operators would keep for it
+            (docs/memory.md). False takes that back everywhere.
         **options: set on every layer, also on those that were ours already.
 
     Returns:
@@ -94,7 +101,7 @@ def convert(
 
     Warns:
         UserWarning: names the batch normalizations that are left alone: another library's whose forward may do more, or
-            one whose own `forward` was replaced or compiled.
+            one whose own `forward` was replaced or compiled, or that a plain list or dict holds.
     """
     make_options("convert", options)  # refused before anything changes
     if inplace and not fuse_sequential:
@@ -106,6 +113,8 @@ def convert(
         _fuse_sequentials(done.root, bool(inplace))
     if inplace is not None:
         _set_inplace(done.root, inplace)
+    if save_memory is not None:
+        _set_save_memory(done.root, save_memory)
     if left:
         warnings.warn(f"convert: left alone: {', '.join(left)}", stacklevel=2)
     return done.root
@@ -116,18 +125,13 @@ def _is_our_norm(module: nn.Module) -> bool:
     return thawed_class(type(module)) in _TORCHS or isinstance(module, ForeignNormAct)
 
 
-def _is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own, or a compiled one, which is bound to it and to its class."""
-    return "forward" in module.__dict__ or module._compiled_call_impl is not None
-
-
 def _plan_convert(model: nn.Module, options: dict[str, Any]) -> tuple[dict[nn.Module, nn.Module], list[str]]:
     """What each batch normalization becomes, lazy ones aside, and those that are left alone, with the reason."""
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
         kind = thawed_class(type(module))
-        replaced = _is_replaced(module)
+        replaced = is_replaced(module)
         if _is_our_norm(module) and kind not in _LAZY.values():
             if options:
                 plan[module] = new = same_insides(module, type(module))
@@ -142,6 +146,8 @@ def _plan_convert(model: nn.Module, options: dict[str, Any]) -> tuple[dict[nn.Mo
             plan[module] = _from_buffers(module, eps)
         elif is_norm(module) or holds_statistics(module):
             left.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
+    held = unregistered_modules(model).items()
+    left += [f"{name} (not registered as a submodule)" for module, name in held if is_norm(module)]
     return plan, left
 
 
@@ -182,7 +188,7 @@ def _from_buffers(module: nn.Module, eps: float) -> nn.Module:
 
 def _fuse_sequentials(root: nn.Module, inplace: bool) -> None:
     for holder in root.modules():
-        whole = not _is_replaced(holder)
+        whole = not is_replaced(holder)
         if whole and getattr(type(holder), "forward", None) is nn.Sequential.forward:  # a ScriptModule's class has none
             fuse_sequential_call(holder, inplace)
 
@@ -193,6 +199,12 @@ def _set_inplace(root: nn.Module, inplace: bool) -> None:
             holder.batchnorm_inplace = inplace
         elif isinstance(holder, BatchNormActBase) and not inplace:
             holder.inplace = False
+
+
+def _set_save_memory(root: nn.Module, save_memory: bool) -> None:
+    norms: list[Any] = [module for module in root.modules() if _is_our_norm(module)]
+    for norm in norms:
+        norm.save_memory = save_memory
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -221,7 +233,7 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(composite, nn.Sequential):
             replace_all(composite, plan)
     for module in done.root.modules():
-        if _is_replaced(module):
+        if is_replaced(module):
             continue
         unfuse_sequential(module)
         if type(module) in _LAZY.values():
@@ -238,7 +250,7 @@ def _plan_revert(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], list[str
     plan: dict[nn.Module, nn.Module] = {}
     left: list[str] = []
     for name, module in model.named_modules():
-        if _is_ours(module) and _is_replaced(module):
+        if _is_ours(module) and is_replaced(module):
             left.append(name)
         elif isinstance(module, BatchNormActBase):
             plan[module] = _as_sequential(module)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ..layer_call import run_layer
 from ..layers import BatchNormBase, refuse_scripting
 from ..pairs import known_activation
+from ..rebuild import release_saved
 from .derived import Derived, derived_class, original_class
 
 __all__ = ["FusedSequential", "fuse_sequential_call", "unfuse_sequential"]
@@ -33,16 +34,18 @@ class FusedSequential(Derived):
         if isinstance(input, fx.Proxy) or torch.compiler.is_exporting():  # they are to see the children
             return super().forward(input)  # type: ignore[misc]  # nn.Sequential's, further along the MRO
         children = list(self._modules.values())
-        position, source = 0, None
+        position, source, saving = 0, None, False
         while position < len(children):
             child = children[position]
             if getattr(type(child), "forward", None) is not _FORWARD:
                 input = child(input)
+                if saving:  # what the child saved of an output is known now
+                    release_saved(input)
                 position, source = position + 1, child
                 continue
             inplace = self.batchnorm_inplace and _hands_over(source, child)
             input, taken = _run(child, children[position + 1 : position + 2], input, inplace)
-            position, source = position + taken, None
+            position, source, saving = position + taken, None, saving or child.save_memory
         return input
 
     def __prepare_scriptable__(self) -> Any:

@@ -27,6 +27,13 @@ class _Sourced(torch.autograd.Function):
     """
 
     @staticmethod
+    def output_again(saved: tuple[Tensor | None, ...], form: Form) -> Tensor:
+        """Compute the output again; see `ops.autograd`."""
+        input, mean, var, _, weight, bias, *_ = saved
+        out: Tensor = _apply(input, mean, var, weight, bias, None, *form)
+        return out
+
+    @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
@@ -46,13 +53,13 @@ class _Sourced(torch.autograd.Function):
         slice_size: int,
     ) -> Tensor:
         form = Form(eps, activation, negative_slope, slice_size)
-        ctx.save_for_backward(input, weight, bias, residual if activation else None, mask, mean, var, count, r, d)
+        ctx.save_for_backward(input, mean, var, count, weight, bias, residual if activation else None, mask, r, d)
         ctx.form, ctx.group = form, group
         return _apply(input, mean, var, weight, bias, residual, *form)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, residual, mask, mean, var, count, r, d = ctx.saved_tensors
+        input, mean, var, count, weight, bias, residual, mask, r, d = ctx.saved_tensors
         form = ctx.form
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -85,7 +92,7 @@ class _Sourced(torch.autograd.Function):
 
 def _second_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Compute gradients that can be differentiated again. r and d are constants, as in the first derivative."""
-    input, weight, bias, residual, mask, _, _, _, r, d = ctx.saved_tensors
+    input, _, _, _, weight, bias, residual, mask, r, d = ctx.saved_tensors
     if ctx.group is not None:
         raise NotImplementedError("second derivatives through synchronized statistics: use process_group=None for them")
     mean, var, _ = reference.stats(input, mask, ctx.form.slice_size)

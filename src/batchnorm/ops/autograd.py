@@ -89,6 +89,13 @@ class _Function(torch.autograd.Function):
     """The backward that the functions below share."""
 
     @staticmethod
+    def output_again(saved: Sequence[Tensor | None], form: Form) -> Tensor:
+        """Compute the output again, bit for bit, from the tensors that `backward` reads. There was no residual."""
+        input, mean, var, _, weight, bias, *_ = saved
+        out: Tensor = _apply(input, mean, var, weight, bias, None, *form)
+        return out
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * ctx.inputs
@@ -96,7 +103,18 @@ class _Function(torch.autograd.Function):
         return (*grads, *(None,) * (ctx.inputs - 4))
 
 
-class BatchStatistics(_Function):
+class _BatchStatisticsFunction(_Function):
+    @staticmethod
+    def output_again(saved: Sequence[Tensor | None], form: Form) -> Tensor:
+        input, _, _, _, weight, bias, _, mask = saved
+        assert input is not None
+        if input.device.type == "cpu":  # whose kernels apply in `forward` and `apply` by the same loops
+            return _Function.output_again(saved, form)
+        out: Tensor = _forward(input, weight, bias, None, mask, *form)[0]
+        return out
+
+
+class BatchStatistics(_BatchStatisticsFunction):
     """Compute `forward`. Returns the output, mean, var and count.
 
     The moments are not differentiable outputs: the gradient of the output contains the gradient through them.
@@ -124,7 +142,7 @@ class BatchStatistics(_Function):
         return out, mean, var, count
 
 
-class TrainingCall(_Function):
+class TrainingCall(_BatchStatisticsFunction):
     """Compute `forward_update_running_`. Returns the output.
 
     `buffers` are (running_mean, running_var, num_batches_tracked). Autograd does not look into a tuple, so they are not
