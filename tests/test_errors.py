@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from batchnorm import BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNormAct2d
+from batchnorm.errors import UserError, quote_error
 from batchnorm.functional import batch_norm
 
 
@@ -140,3 +141,8 @@ def test_a_tensor_in_mkldnn_layout(training, residual):
     want.backward(g)
     torch.testing.assert_close(mine.grad, other.grad)
     torch.testing.assert_close(ours.norm.state_dict(), theirs.state_dict())
+
+
+def test_escape_sequences_go_as_a_whole():
+    assert str(UserError("a \x1b[31;1mred\x1b[0m\nline")) == "a red line"
+    assert quote_error(ValueError("\x1b[2K\x1b[1Gdone")) == "ValueError: done"

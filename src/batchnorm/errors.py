@@ -2,7 +2,8 @@
 
 import re
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\s]+")
+# A terminal's escape sequences go as a whole, so that no "[31m" stays.
+_UNPRINTABLE = re.compile(r"(?:\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f\s])+")
 
 
 class UserError(ValueError):

@@ -1,6 +1,10 @@
 """The command: exit codes, formats, and one line for each mistake."""
 
+import importlib
 import json
+import subprocess
+import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ def wrong_batches(): return net(), [torch.randn(64, 9)]
 def batches(): return [torch.randn(64, 8)]
 def raises(): raise RuntimeError("first line\\nsecond line")
 def number(): return 3
+def number_two(): return net(momentum=0.9)
 """
 
 
@@ -158,3 +163,226 @@ def test_help(capsys):
     assert code == 0
     assert "batchnorm doctor" in out
     assert "Example" in out
+
+
+SPOILED = """
+import torch
+from torch import nn
+from tests.doctor.nets import NETS, batches_for, train
+
+CNN = NETS["cnn"]
+
+def good():
+    torch.manual_seed(1)
+    return train(CNN.make(), batches_for(CNN, 36, 32, seed=1), 120).eval()
+
+def data(count=36):
+    return batches_for(CNN, count, 32, seed=2)
+
+def spoil(model):
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean += 20 * torch.randn(m.num_features, generator=torch.Generator().manual_seed(3))
+    return model
+
+def frozen():
+    model = spoil(good()).train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
+    return model, data()
+
+def keras():
+    model = good()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.99
+    return model, data()
+
+def few():
+    return spoil(good()).train(), data(4)
+
+def tiny():
+    (x, y), = data(1)
+    return good(), [(x[:10], y[:10])]
+
+def fine():
+    return good(), data()
+
+def trains():
+    return good().train(), data()
+"""
+
+
+@pytest.fixture
+def spoiled(folder):
+    (folder / "bad.py").write_text(SPOILED)
+    yield folder
+    sys.modules.pop("bad", None)
+
+
+def accuracy(model, batches):
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    return right / sum(len(y) for _, y in batches)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("fine", 0), ("few", 1), ("frozen", 1), ("tiny", 3)])
+def test_no_false_all_clear(capsys, spoiled, name, expected):
+    code, out, err = run(capsys, f"bad:{name}")
+    assert (code, err) == (expected, "")
+    assert out.startswith("symptom: accuracy by statistics: batch ")
+    assert ("could not look: BN202" in out) == (expected == 3)
+
+
+def test_fix_recalibrates_what_it_freezes(capsys, spoiled):
+    code, out, _ = run(capsys, "bad:frozen", "--fix")
+    import bad
+
+    model, batches = bad.frozen()
+    before = accuracy(model.eval(), batches)
+    model.load_state_dict(torch.load(spoiled / "mended.pt", weights_only=True))
+    assert accuracy(model.eval(), batches) > before + 0.3
+    assert code == 1  # the layers are frozen in the code only
+    assert "verified: the answers are better" in out
+    patch = out[out.index("--- a/bad.py") : out.index("changed tensors")]
+    (spoiled / "the.patch").write_text(patch)
+    subprocess.run(["patch", "-p1", "-i", "the.patch"], cwd=spoiled, check=True, capture_output=True)
+    sys.modules.pop("bad")
+    importlib.invalidate_caches()
+    code, out, _ = run(capsys, "bad:frozen", "--state", "mended.pt")
+    assert code == 0, out
+
+
+def test_only_what_changed_is_written(capsys, spoiled):
+    code, out, _ = run(capsys, "bad:keras", "--fix")
+    assert code == 1
+    assert "momentum = 0.01" in out
+    assert "unsafe" in out
+    assert not list(spoiled.glob("mended*"))
+    assert run(capsys, "bad:fine", "--fix")[0] == 0
+    assert not list(spoiled.glob("mended*"))
+
+
+def test_diff_writes_nothing(capsys, spoiled):
+    code, out, _ = run(capsys, "bad:frozen", "--diff")
+    assert code == 1
+    assert "changed tensors: 1.running_mean" in out
+    assert not list(spoiled.glob("mended*"))
+
+
+def test_a_repair_that_was_not_measured_is_no_all_clear(capsys):
+    assert run(capsys, "doctor_nets:biased", "--fix")[0] == 1
+    code, out, _ = run(capsys, "doctor_nets:number_two", "--fix")
+    assert (code, "not measured" in out) == (1, True)
+
+
+def test_a_target_of_any_form(capsys, spoiled):
+    (spoiled / "sub").mkdir()
+    (spoiled / "sub" / "net.py").write_text(
+        "from bad import *\nmodel = good()\nclass Net(nn.BatchNorm1d):\n"
+        "    def __init__(self): super().__init__(4)\n"
+        "def whole():\n    m = good().train(); o = torch.optim.AdamW(m.parameters(), weight_decay=0.1)\n"
+        "    return {'model': m, 'batches': data(), 'optimizer': o, 'steps': 1000}\n"
+        "def wrong():\n    return {'model': good(), 'bathces': data()}\n"
+    )
+    for target in ("sub/net.py:model", "sub/net.py:Net"):
+        assert run(capsys, target)[0] == 0
+    code, out, _ = run(capsys, "sub/net.py:whole", "--output-format", "json")
+    result = json.loads(out)
+    assert code == 0
+    assert {"BN104", "BN303"} <= set(result["examined"])
+    assert "bathces" in run(capsys, "sub/net.py:wrong")[2]
+    assert "no such file" in run(capsys, "sub/none.py:f")[2]
+
+
+def test_optimizer_step_and_mask_by_name(capsys, spoiled):
+    (spoiled / "loop.py").write_text(
+        "import torch\nfrom torch.nn import functional as F\n"
+        "def adam(model): return torch.optim.Adam(model.parameters(), weight_decay=0.1)\n"
+        "def step(model, optimizer, batch):\n"
+        "    for x, y in zip(batch[0].chunk(2), batch[1].chunk(2)): F.cross_entropy(model(x), y).backward()\n"
+        "    optimizer.step(); optimizer.zero_grad()\n"
+        "def mask(batch): return torch.ones(len(batch[0]), 8, 8, dtype=torch.bool)\n"
+        "def right(output, target): return (output.argmax(1) == target).double()\n"
+    )
+    arguments = ["--optimizer", "loop:adam", "--step", "loop:step", "--mask", "loop:mask", "--metric", "loop:right"]
+    code, out, err = run(capsys, "bad:trains", *arguments, "--json")
+    assert err == ""
+    result = json.loads(out)
+    assert {"BN104", "BN302"} <= {f["code"] for f in result["findings"]}
+    assert "BN205" in result["examined"]
+    assert result["symptom"]["scale"] == "metric"
+    assert "BN104" in run(capsys, "bad:fine", "--optimizer", "AdamW")[1]
+    for wrong in (["--step", "loop:step"], ["--optimizer", "Nothing"], ["--metric", "accuracy"], ["--step", "loop:no"]):
+        code, out, err = run(capsys, "bad:fine", *wrong)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert wrong[0] in err
+
+
+FORMATS = ["concise", "full", "json", "sarif", "github", "junit"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format(capsys, spoiled, form):
+    code, out, err = run(capsys, "bad:few", "--output-format", form)
+    assert (code, err) == (1, "")
+    assert "BN202" in out
+    if form == "junit":
+        suite = ElementTree.fromstring(out)
+        assert int(suite.get("failures")) == len(suite.findall("testcase/failure")) > 0
+    if form == "github":
+        assert "::error file=bad.py,line=" in out
+    if form in ("concise", "full"):
+        fix = "batchnorm.recalibrate(model, batches)"
+        assert any(fix in line for line in out.splitlines())
+        assert out.splitlines()[-1].startswith("not examined: ")
+
+
+def test_sarif_points_into_the_source(capsys, spoiled):
+    (spoiled / "own.py").write_text(
+        "from torch import nn\n\nclass Own(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.lin = nn.Linear(4, 8)\n        self.bn = nn.BatchNorm1d(8, momentum=0.9)\n"
+        "    def forward(self, x):\n        return self.bn(self.lin(x))\n"
+    )
+    _, out, _ = run(capsys, "own:Own", "--output-format", "sarif")
+    results = {r["ruleId"]: r for r in json.loads(out)["runs"][0]["results"]}
+    place = results["BN102"]["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "own.py"
+    assert place["region"]["startLine"] == 7
+    fingerprints = [r["partialFingerprints"]["ruleAndLayer/v1"] for r in results.values()]
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_rules_are_listed(capsys):
+    assert main(["rules"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == len(all_rules())
+    assert main(["rules", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["code"] for row in rows] == [rule.code for rule in all_rules()]
+    assert {row["repair"] for row in rows} == {"none", "safe", "unsafe"}
+
+
+def test_rules_by_name(capsys):
+    assert run(capsys, "doctor_nets:biased", "--ignore", "redundant-bias")[0] == 0
+    assert run(capsys, "doctor_nets:biased", "--select", "redundant-bias")[0] == 1
+    assert run(capsys, "--explain", "redundant-bias")[1].startswith("# BN101")
+
+
+def test_settings_of_the_project(capsys, folder):
+    project = folder / "pyproject.toml"
+    project.write_text('[tool.batchnorm]\nignore = ["BN101"]\n')
+    assert run(capsys, "doctor_nets:biased")[0] == 0
+    project.write_text('[tool.batchnorm.per-layer-ignores]\n"0" = ["redundant-bias"]\n')
+    assert run(capsys, "doctor_nets:biased")[0] == 0
+    project.write_text('[tool.batchnorm.per-layer-ignores]\n"1" = ["redundant-bias"]\n')
+    assert run(capsys, "doctor_nets:biased")[0] == 1
+    for wrong in (
+        "[tool.batchnorm]\nignroe = []",
+        "[tool.batchnorm]\nignore = 3",
+        "[tool",
+        "[tool.batchnorm]\nignore=['X9']",
+    ):
+        project.write_text(wrong)
+        code, out, err = run(capsys, "doctor_nets:biased")
+        assert (code, out, err.count("\n")) == (2, "", 1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from batchnorm import diagnose, freeze
 from batchnorm.model_tools import recalibrate
@@ -62,9 +63,46 @@ def test_a_live_layer_beside_frozen_ones_keeps_its_own_comparison():
     assert "1" in modules
 
 
-def test_a_layer_that_trains_on_its_frozen_statistics_has_no_gap():
+def test_frozen_statistics_are_evidence_in_training_too():
     model = trained(NETS["cnn"])
     for layer in norms(model):
         layer.running_mean += 3
     freeze(model)
-    assert not found(diagnose(model.train(), data(NETS["cnn"])))
+    diagnosis = diagnose(model.train(), data(NETS["cnn"]))
+    assert {f.severity for f in found(diagnosis)} == {"error"}
+    assert "frozen=True" in found(diagnosis)[0].fix
+    recalibrate(model, [x for x, _ in data(NETS["cnn"])], frozen=True)
+    assert not found(diagnose(model, data(NETS["cnn"])))
+
+
+class LookAlike(nn.Module):
+    """Multiplies and adds, as torchvision's FrozenBatchNorm2d does."""
+
+    def __init__(self, norm):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+        self.eps = norm.eps
+
+    def forward(self, x):
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_look_alikes_are_evidence_too(training):
+    model = trained(NETS["cnn"], 150)
+    for name in ("1", "4"):
+        setattr(model, name, LookAlike(model.get_submodule(name)))
+    batches = data(NETS["cnn"])
+    fine = diagnose(model.train(training), batches)
+    assert (fine.exit_code, abs(fine.symptom.gap) < 0.05) == (0, True)
+    for name in ("1", "4"):
+        mean = model.get_submodule(name).running_mean
+        mean += 20 * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    diagnosis = diagnose(model, batches)
+    assert diagnosis.symptom.running == pytest.approx(
+        accuracy(model.eval(), batches[: diagnosis.symptom.samples // 32])
+    )
+    assert (diagnosis.symptom.gap > 0.3, diagnosis.exit_code) == (True, 1)
+    assert found(diagnosis)

@@ -13,6 +13,8 @@ from batchnorm.doctor import rules
 from batchnorm.doctor.pages import page
 from batchnorm.doctor.repair import repair
 from batchnorm.doctor.report.sarif import to_sarif
+from batchnorm.doctor.testing import check_rule
+from batchnorm.errors import UserError
 
 RULE = """
 from ..change import Change
@@ -85,3 +87,35 @@ def test_only_rules_name_codes():
     doctor = Path(batchnorm.__file__).parent / "doctor"
     others = [path for path in doctor.rglob("*.py") if path.parent.name != "rules"]
     assert [str(path) for path in others if re.search(r"BN\d", path.read_text())] == []
+
+
+def test_an_entry_point_brings_rules(monkeypatch):
+    class Entry:
+        name, value = "others", "others.rules"
+
+        def load(self):
+            raise ImportError("no module named others")
+
+    asked = []
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: asked.append(group) or [Entry()])
+    rules.all_rules.cache_clear()
+    with pytest.raises(UserError, match=r"the rules of others\.rules cannot be loaded"):
+        diagnose(net())
+    assert asked == ["batchnorm.rules"]
+    Entry.load = lambda self: sys.modules["others"]
+    monkeypatch.setitem(sys.modules, "others", object())
+    assert "BN999" in {rule.code for rule in rules.all_rules()}
+
+
+def test_the_test_kit():
+    def healthy():
+        return {"model": nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)), "steps": 10_000}
+
+    def faulty():
+        return {"model": net(), "steps": 10_000}
+
+    check_rule("BN999", faulty=faulty, healthy=healthy)
+    with pytest.raises(AssertionError, match="does not find"):
+        check_rule("BN999", faulty=healthy, healthy=healthy)
+    with pytest.raises(AssertionError, match="blames"):
+        check_rule("BN999", faulty=faulty, healthy=faulty)

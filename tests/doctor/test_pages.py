@@ -10,7 +10,7 @@ from batchnorm.errors import UserError
 
 CODES = [
     *("BN101", "BN102", "BN103", "BN104", "BN105", "BN106", "BN107", "BN108", "BN109", "BN110", "BN111", "BN112"),
-    *("BN201", "BN202", "BN203", "BN204", "BN205", "BN206", "BN207"),
+    *("BN201", "BN202", "BN203", "BN204", "BN205", "BN206", "BN207", "BN208"),
     *("BN301", "BN302", "BN303", "BN304", "BN305", "BN401", "BN402"),
 ]
 # The example of BN304 is a script that starts two processes. tests/doctor/test_ranks.py runs it.

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .analyze_command import analyze
 from .bench_command import bench
-from .doctor_command import doctor
+from .doctor_command import doctor, rules
 from .study_command import study
 
 __all__ = ["app"]
@@ -37,10 +38,16 @@ app.command(
     "Exit codes: 0 fine, 2 bad usage (one line says what to do), 130 interrupted (go on with --resume)."
 )(study)
 app.command(
+    epilog="Example:  batchnorm analyze my-runs.csv --metric accuracy --out my-analysis\n\n"
+    "Exit codes: 0 fine, 2 bad usage (one line says what to do)."
+)(analyze)
+app.command(
     epilog="Example:  batchnorm bench --shapes 32x64x56x56 --dtypes float32,bfloat16\n\n"
     "Exit codes: 0 fine, 1 a value differs from float64 (nothing is timed then), 2 bad usage."
 )(bench)
 app.command(
     epilog="Example:  batchnorm doctor my.models:trained --data digits --ignore BN101\n\n"
-    "Exit codes: 0 fine, 1 a finding of warning or error, 2 bad usage (one line says what to do)."
+    "Exit codes: 0 fine, 1 a finding of warning or error, 2 bad usage (one line says what to do), 3 nothing found, but "
+    "something that was given could not be examined."
 )(doctor)
+app.command(epilog="Example:  batchnorm rules --json")(rules)

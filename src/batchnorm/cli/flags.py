@@ -8,11 +8,13 @@ __all__ = ["with_flags"]
 
 _LIKE_THE_PARAMETER = """
     data model arms out seeds quick resume workers engine address log lrs steps batch_size optimizer
-    shapes dtypes layouts cases device threads seconds mask state select ignore"""
+    shapes dtypes layouts cases device threads seconds mask metric step state select ignore
+    target chance direction where dropout output_format diff"""
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _LIKE_THE_PARAMETER.split()}
-_FLAGS |= {"target": "doctor", "batches": "--data", "code": "--explain"}
+_FLAGS |= {"batches": "--data", "code": "--explain", "table": "analyze", "subject.target": "doctor"}
 _PARAMETER = re.compile(
-    r"\b(?:study|bench|bench_model|diagnose|subject|read_data|load_state|save_state|page)\((\w+)=(…|.*?)\)(?=[ ,;]|$)"
+    r"\b(study|analyze|bench|bench_model|diagnose|subject|read_data|load_state|save_state|page)"
+    r"\((\w+)=(…|.*?)\)(?=[ ,;]|$)"
 )
 
 
@@ -25,7 +27,8 @@ def with_flags(sentence: str) -> str:
 
 
 def _flag(parameter: re.Match[str]) -> str:
-    flag = _FLAGS.get(parameter[1])
+    function, name, value = parameter.groups()
+    flag = _FLAGS.get(f"{function}.{name}") or _FLAGS.get(name)
     if flag is None:
         return parameter[0]
-    return flag if parameter[2] in ("…", "True") else f"{flag} {parameter[2]}"
+    return flag if value in ("…", "True") else f"{flag} {value}"

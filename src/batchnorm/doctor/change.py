@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +16,37 @@ __all__ = ["Change", "RepairContext", "request_recalibration"]
 
 @dataclass(frozen=True)
 class Change:
-    """One value that was changed."""
+    """One value that was changed.
+
+    Attributes:
+        code, module, what, before, after: which rule changed what.
+        statement: the line of code that does the same, with {} for the module; "" where a state_dict holds the change.
+        safe: the model trains on as before. Only what evaluation computes is corrected.
+    """
 
     code: str
     module: str
     what: str
     before: str
     after: str
+    statement: str = ""
+    safe: bool = True
 
 
 @dataclass
 class RepairContext:
-    """What a repair may change. `recalibrate_for` holds the codes whose repair is a recalibration."""
+    """What a repair may change.
+
+    Attributes:
+        model, optimizer: the user's own.
+        recalibrate_for: the codes whose repair is a recalibration.
+        afterwards: what has to wait until the recalibration is done.
+    """
 
     model: nn.Module
     optimizer: Optimizer | None = None
     recalibrate_for: set[str] = field(default_factory=set)
+    afterwards: list[Callable[[], Any]] = field(default_factory=list)
 
     def module(self, name: str) -> Any:
         """Return the module of this name, or None: a functional call has no module."""
@@ -41,6 +57,6 @@ class RepairContext:
 
 
 def request_recalibration(context: RepairContext, finding: Finding) -> list[Change]:
-    """Repair by recalibration. It runs once, after all other repairs, because it measures the model that they leave."""
+    """Repair by recalibration. It runs once, after the other repairs, because it measures the model that they leave."""
     context.recalibrate_for.add(finding.code)
     return []

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-__all__ = ["SEVERITIES", "Diagnosis", "Finding", "shown"]
+from .evidence.comparison import Comparison
+
+__all__ = ["SCHEMA", "SEVERITIES", "Diagnosis", "Finding", "shown"]
+
+# Number of the JSON's form. It grows when a key changes its meaning or goes away.
+SCHEMA = 1
 
 SEVERITIES = ("error", "warning", "info")
 
@@ -52,12 +59,16 @@ class Diagnosis:
         not_examined: for the code of each rule that could not decide, what it lacked.
         examined: the codes of the rules that decided.
         subject: what was examined, in words.
+        symptom: how good the answers are with batch, running and recalibrated statistics; None without batches.
+        could_not_look: for each rule that could not decide on something that was given, why. `not_examined` has it too.
     """
 
     findings: tuple[Finding, ...]
     not_examined: dict[str, str] = field(default_factory=dict)
     examined: tuple[str, ...] = ()
     subject: str = ""
+    symptom: Comparison | None = None
+    could_not_look: dict[str, str] = field(default_factory=dict)
 
     @property
     def codes(self) -> set[str]:
@@ -72,25 +83,47 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """1 where a warning or an error was found, else 0."""
-        return int(self.worst in ("warning", "error"))
+        """1 where a warning or an error was found, else 3 where something given could not be examined, else 0."""
+        if self.worst in ("warning", "error"):
+            return 1
+        return 3 if self.could_not_look else 0
+
+    def without(self, ignored: Mapping[str, set[str]]) -> Diagnosis:
+        """Return the diagnosis without the findings of these codes in layers whose names fit the patterns."""
+
+        def kept(finding: Finding) -> bool:
+            fits = (fnmatchcase(finding.module, pattern) for pattern, codes in ignored.items() if finding.code in codes)
+            return not any(fits)
+
+        return replace(self, findings=tuple(filter(kept, self.findings)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the diagnosis for JSON."""
         return {
+            "schema": SCHEMA,
             "subject": self.subject,
+            "symptom": self.symptom.as_dict() if self.symptom else None,
             "findings": [finding.as_dict() for finding in self.findings],
+            "could_not_look": dict(self.could_not_look),
             "not_examined": dict(self.not_examined),
             "examined": list(self.examined),
             "exit_code": self.exit_code,
         }
 
+    def summary(self) -> list[str]:
+        """Return the lines that are always said: the symptom, what could not be looked at, and in two lines what was
+        examined and what was not, with the reason."""
+        lines = [f"symptom: {self.symptom}"] if self.symptom else []
+        lines += [f"could not look: {code}: {reason}" for code, reason in self.could_not_look.items()]
+        rest = {code: reason for code, reason in self.not_examined.items() if code not in self.could_not_look}
+        lines.append(f"examined: {', '.join(self.examined) or 'nothing'}")
+        lines.append("not examined: " + ("; ".join(f"{code}: {reason}" for code, reason in rest.items()) or "nothing"))
+        return lines
+
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["no findings"]
-        if self.not_examined:
-            lines.append("not examined:")
-            lines += [f"  {code}: {reason}" for code, reason in self.not_examined.items()]
-        return "\n".join(lines)
+        first = 1 if self.symptom else 0
+        return "\n".join([*self.summary()[:first], *lines, *self.summary()[first:]])
 
 
 def shown(value: float | int | str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from ..inspect.from_fx import graph_of_trace
-from ..inspect.from_run import tensors_in
+from ..inspect.nests import tensors_in
 from ..inspect.untouched import preserved
 from .diagnosis import SEVERITIES, Diagnosis, Finding
+from .evidence.answers import Metric
 from .evidence.exported_files import is_file, read_file
 from .evidence.input_batches import Batch, as_batch, collect, masks_of
-from .evidence.needs import Evidence, NotExamined
+from .evidence.needs import CouldNotLook, Evidence, NotExamined
 from .evidence.normalizations import Layer, find_layers, model_trains
 from .evidence.passes import measure
 from .evidence.ranks import Ranks, compare_ranks, is_distributed
 from .evidence.training_steps import watch_steps
 from .rule import Rule
-from .rules import chosen_rules
+from .rules import chosen_rules, codes_of
 
 __all__ = ["diagnose"]
 
@@ -45,8 +46,10 @@ def diagnose(
     steps: int | None = None,
     step: Callable[[Any], Any] | None = None,
     process_group: Any = None,
+    metric: Metric | None = None,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
+    per_layer_ignores: Mapping[str, str | Iterable[str]] | None = None,
 ) -> Diagnosis:
     """Name what is wrong with batch normalization in a model.
 
@@ -65,10 +68,14 @@ def diagnose(
         steps: how many training steps are planned.
         step: runs one training step on one batch; a few are run and undone.
         process_group: "world" or a group: compares the ranks' buffers, by collectives that every rank must join.
-        select, ignore: codes or prefixes of codes, a sequence or comma-separated.
+        metric: (output, target) → how good the answer is, larger is better: one value a sample, or one number.
+        metric: (output, target) → how good the answer is, larger is better: one value a sample, or one number.
+        select, ignore: codes, prefixes of codes or names of rules, a sequence or comma-separated.
+        per_layer_ignores: the same for the layers whose names fit a pattern: ``{"backbone.*": "momentum-convention"}``.
 
     Returns:
-        A `Diagnosis`. What a rule needs and did not get is listed in ``not_examined``.
+        A `Diagnosis`, with the symptom first: how good the answers are with batch, running and recalibrated statistics.
+        What a rule needs and did not get is listed in ``not_examined``.
 
     Raises:
         UserError: arguments of the wrong form, a forward or step that raises, batches that end early.
@@ -77,13 +84,20 @@ def diagnose(
     if is_file(model):
         assert not isinstance(model, nn.Module)
         subject = "ExportedProgram" if isinstance(model, ExportedProgram) else str(model)
-        return _decide(rules, Evidence(file=read_file(model)), subject)
+        return _decide(rules, Evidence(file=read_file(model)), subject).without(_ignored(per_layer_ignores))
     _check(model, optimizer, steps, step, batches)
+    if metric is not None and not callable(metric):
+        raise UserError(f"metric is a {type(metric).__name__}, diagnose(metric=…), pass (output, target) → number")
     assert isinstance(model, nn.Module)
     with preserved(model, [optimizer] if optimizer is not None else []):
-        evidence = _gather(model, batches, example_input, mask, step, optimizer, process_group, rules)
+        evidence = _gather(model, batches, example_input, mask, step, optimizer, process_group, metric, rules)
     evidence.optimizer, evidence.loader, evidence.steps = optimizer, loader, steps
-    return _decide(rules, evidence, type(model).__name__)
+    return _decide(rules, evidence, type(model).__name__).without(_ignored(per_layer_ignores))
+
+
+def _ignored(per_layer_ignores: Mapping[str, str | Iterable[str]] | None) -> dict[str, set[str]]:
+    given = per_layer_ignores or {}
+    return {pattern: set(codes_of(codes, "per_layer_ignores")) for pattern, codes in given.items()}
 
 
 def _check(model: Any, optimizer: Any, steps: Any, step: Any, batches: Any) -> None:
@@ -109,6 +123,7 @@ def _gather(
     step: Callable[[Any], Any] | None,
     optimizer: Optimizer | None,
     process_group: Any,
+    metric: Metric | None,
     rules: tuple[Rule, ...],
 ) -> Evidence:
     asked = {name for rule in rules for name in (*rule.needs, *rule.wants)}
@@ -132,6 +147,7 @@ def _gather(
             compare_ways="comparison" in asked and bool(collected),
             try_dropout="dropout" in asked,
             spent=training.forwards if training else 0,
+            metric=metric,
         )
         evidence.measurements, evidence.layers, evidence.graph = found, found.layers, found.graph
         evidence.real_batches = bool(collected) or _is_data(examples[0])
@@ -169,12 +185,15 @@ def _decide(rules: tuple[Rule, ...], evidence: Evidence, subject: str) -> Diagno
     order = {rule.code: rule.order for rule in rules}
     findings: list[Finding] = []
     not_examined: dict[str, str] = {}
+    blind: dict[str, str] = {}
     with torch.no_grad():
         for rule in rules:
             try:
                 findings += rule.examine(evidence)
             except NotExamined as lacking:
                 not_examined[rule.code] = str(lacking)
+                blind |= {rule.code: str(lacking)} if isinstance(lacking, CouldNotLook) else {}
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), order[finding.code], finding.module))
     examined = tuple(rule.code for rule in rules if rule.code not in not_examined)
-    return Diagnosis(tuple(findings), not_examined, examined, subject)
+    symptom = evidence.measurements.symptom if evidence.measurements else None
+    return Diagnosis(tuple(findings), not_examined, examined, subject, symptom, blind)

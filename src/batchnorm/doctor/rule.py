@@ -9,9 +9,9 @@ from pathlib import Path
 
 from .change import Change, RepairContext
 from .diagnosis import Finding
-from .evidence.needs import Evidence, NotExamined
+from .evidence.needs import CouldNotLook, Evidence, NotExamined
 
-__all__ = ["Found", "NotExamined", "Repair", "Rule", "registered", "rule"]
+__all__ = ["CouldNotLook", "Found", "NotExamined", "Repair", "Rule", "registered", "rule"]
 
 Repair = Callable[[RepairContext, Finding], list[Change]]
 
@@ -43,6 +43,7 @@ class Rule:
     fix: str
     false_alarm: str
     repair: Repair | None = field(repr=False)
+    unsafe: bool
     check: Check = field(repr=False)
 
     @property
@@ -89,6 +90,7 @@ def rule(
     false_alarm: str,
     wants: tuple[str, ...] = (),
     repair: Repair | None = None,
+    unsafe: bool = False,
 ) -> Callable[[Check], Rule]:
     """Register the function that it decorates as the decision of a rule.
 
@@ -102,10 +104,11 @@ def rule(
         false_alarm: completes "a false alarm if …".
         wants: measurements that cost forward passes and that the rule can decide without: "comparison", "dropout".
         repair: repairs one finding in place and returns what it changed. None: only the user can.
+        unsafe: the repair changes how the model trains on, not only what evaluation computes.
     """
 
     def register(check: Check) -> Rule:
-        _RULES[code] = Rule(code, name, summary, order, needs, wants, fix, false_alarm, repair, check)
+        _RULES[code] = Rule(code, name, summary, order, needs, wants, fix, false_alarm, repair, unsafe, check)
         return _RULES[code]
 
     return register

@@ -1,8 +1,11 @@
-"""From names to what is examined: factories, files, data, state files."""
+"""From names to what is examined: models, factories, files, data, steps; and the file of a repaired state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +16,127 @@ from ..errors import UserError, quote_error
 from ..factories import find_factory
 from .evidence.exported_files import FILE_TYPES
 from .evidence.input_batches import ENOUGH_SAMPLES
+from .lightning_modules import arguments_of_lightning, is_lightning
 
-__all__ = ["check_new", "load_state", "read_data", "save_state", "subject"]
+__all__ = [
+    "Subject",
+    "changed_tensors",
+    "check_new",
+    "copied_state",
+    "find_function",
+    "make_optimizer",
+    "make_step",
+    "read_data",
+    "save_state",
+    "subject",
+]
 
 
-def subject(target: str) -> tuple[nn.Module | Path, Iterable[Any] | None]:
+@dataclass
+class Subject:
+    """What a name stands for: the model or a file's path, and whatever else of `diagnose`'s arguments came with it.
+
+    `factory` is the function that made it, whose source a patch can change.
+    """
+
+    model: nn.Module | Path
+    arguments: dict[str, Any] = field(default_factory=dict)
+    factory: Callable[..., Any] | None = None
+
+
+_ARGUMENTS = ("batches", "example_input", "optimizer", "loader", "mask", "steps", "step", "process_group", "metric")
+
+
+def subject(target: str) -> Subject:
     """Return what a name stands for.
 
     Args:
-        target: ``pkg.mod:function``, which makes a model or (model, batches), or the path of an .onnx or .pt2 file.
-
-    Returns:
-        The model and its batches, or the path; None where there are no batches.
+        target: ``pkg.mod:name`` or ``path/file.py:name`` of a model, or of a function (a class) that makes a model,
+            (model, batches), a dict of what `diagnose` takes, or a LightningModule; or the path of an .onnx or .pt2
+            file or of a checkpoint.
 
     Raises:
         UserError: no such thing; the factory raises, or returns something else.
     """
     if Path(target).suffix.lower() in FILE_TYPES:
-        return Path(target), None
+        return Subject(Path(target))
     if ":" not in target:
-        raise UserError(f"neither pkg.mod:function nor an .onnx or .pt2 file, {target}, name a function or a file")
-    made = _call(target, "subject(target=…)", "a torch.nn.Module")
-    model, batches = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        raise UserError(
+            f"neither pkg.mod:function nor an .onnx or .pt2 file nor a checkpoint, {target}, name a function or a file"
+        )
+    factory = find_factory(target, "subject(target=…)", "a torch.nn.Module")
+    made = factory if isinstance(factory, nn.Module) else _call(factory, target, "subject(target=…)")
+    arguments = _arguments_of(made, target)
+    model = arguments.pop("model")
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"the function returns {type(model).__name__}, {target}, return a torch.nn.Module or (model, batches)"
+            f"the function returns {type(model).__name__}, {target}, return a torch.nn.Module, (model, batches) or a "
+            "dict of what diagnose takes"
         )
-    return model, batches
+    if is_lightning(model):
+        arguments = {**arguments_of_lightning(model), **arguments}
+    return Subject(model, arguments, None if factory is made else factory)
 
 
-def _call(name: str, parameter: str, returns: str) -> Any:
-    function = find_factory(name, parameter, returns)
+def _arguments_of(made: Any, target: str) -> dict[str, Any]:
+    if isinstance(made, tuple) and len(made) == 2:
+        return {"model": made[0], "batches": made[1]}
+    if not isinstance(made, Mapping):
+        return {"model": made}
+    unknown = [key for key in made if key not in ("model", *_ARGUMENTS)]
+    if unknown or "model" not in made:
+        what = f"an unknown key {unknown[0]!r}" if unknown else "no key 'model'"
+        raise UserError(f"the dict has {what}, {target}, its keys are model, {', '.join(_ARGUMENTS)}")
+    return dict(made)
+
+
+def _call(function: Callable[..., Any], name: str, parameter: str, *given: Any) -> Any:
     try:
-        return function()
+        return function(*given)
     except Exception as error:
         raise UserError(f"the function raises ({quote_error(error)}), {parameter} {name}, correct it") from error
+
+
+def make_optimizer(optimizer: str, model: nn.Module) -> Any:
+    """Return the optimizer that ``pkg.mod:function`` makes from the model, or one of `torch.optim` by its name.
+
+    Raises:
+        UserError: no such name, or the function raises.
+    """
+    known = getattr(torch.optim, optimizer, None)
+    if isinstance(known, type) and issubclass(known, torch.optim.Optimizer):
+        return _call(known, optimizer, "diagnose(optimizer=…)", model.parameters())
+    names = ("SGD", "Adam", "AdamW")
+    factory = find_factory(optimizer, "diagnose(optimizer=…)", "a torch.optim.Optimizer", names)
+    return _call(factory, optimizer, "diagnose(optimizer=…)", model)
+
+
+def make_step(step: str, model: nn.Module, optimizer: Any) -> Callable[[Any], Any]:
+    """Return the training step of a name: a function of (batch), (model, batch) or (model, optimizer, batch).
+
+    Raises:
+        UserError: no such function, another number of parameters, or no optimizer where it takes one.
+    """
+    function = find_factory(step, "diagnose(step=…)", "nothing and trains on one batch")
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    if len(needed) == 3 and optimizer is None:
+        raise UserError(f"the step takes an optimizer, diagnose(step=…) {step}, name one with --optimizer")
+    given: dict[int, tuple[Any, ...]] = {1: (), 2: (model,), 3: (model, optimizer)}
+    if len(needed) not in given:
+        raise UserError(
+            f"the step takes {len(needed)} parameters, diagnose(step=…) {step}, "
+            "write it of (batch), (model, batch) or (model, optimizer, batch)"
+        )
+    return functools.partial(function, *given[len(needed)])
+
+
+def find_function(name: str | None, parameter: str, returns: str) -> Any:
+    """Return the function of a name ``pkg.mod:function``; any other text, or None, is returned as it is.
+
+    Raises:
+        UserError: no such function.
+    """
+    return find_factory(name, parameter, returns) if name is not None and ":" in name else name
 
 
 def read_data(data: str, batch_size: int) -> Iterable[Any]:
@@ -63,7 +152,7 @@ def read_data(data: str, batch_size: int) -> Iterable[Any]:
         UserError: the source cannot be read.
     """
     if ":" in data and not data.startswith("openml:") and not Path(data).exists():
-        made: Iterable[Any] = _call(data, "read_data(data=…)", "the data")
+        made: Iterable[Any] = _call(find_factory(data, "read_data(data=…)", "the data"), data, "read_data(data=…)")
         return made
     import numpy as np
 
@@ -78,23 +167,6 @@ def read_data(data: str, batch_size: int) -> Iterable[Any]:
     return [(x[chosen], y[chosen]) for chosen in full.split(batch_size)]
 
 
-def load_state(model: nn.Module, state: Path) -> None:
-    """Load a state_dict file into the model.
-
-    Raises:
-        UserError: no such file, no state_dict in it, or not this model's.
-    """
-    if not state.is_file():
-        raise UserError(f"no such file, load_state(state={state}), correct the path")
-    try:
-        model.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise UserError(
-            f"not a state_dict of this model ({quote_error(error)}), load_state(state={state}), "
-            "save model.state_dict() alone"
-        ) from error
-
-
 def check_new(out: Path | None) -> None:
     """Refuse to write over a file.
 
@@ -103,6 +175,21 @@ def check_new(out: Path | None) -> None:
     """
     if out is not None and out.exists():
         raise UserError(f"the file exists already, save_state(out={out}), choose another name")
+
+
+def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the model's tensors by name."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+
+
+def changed_tensors(before: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
+    """Return the names of the tensors that are new or hold other values than before."""
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+    state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    return [name for name, value in state.items() if name not in before or not same(before[name], value)]
 
 
 def save_state(model: nn.Module, out: Path | None) -> Path:

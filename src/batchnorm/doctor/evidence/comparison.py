@@ -1,63 +1,23 @@
-"""Compares what the model answers with batch, running and recalibrated statistics."""
+"""Compares what the model answers with batch, running and recalibrated statistics: the symptom."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ...inspect.from_run import tensors_in
+from .answers import Answers
 
-__all__ = ["Answers", "Comparison", "compare"]
+__all__ = ["GAP", "Comparison", "compare"]
 
-# Number of evenly spaced values of one answer that are compared.
-_SAMPLED = 4096
-
-
-@dataclass
-class Answers:
-    """The answers with one kind of statistics: sampled values, and how good they are where targets are known."""
-
-    values: list[Tensor] = field(default_factory=list)
-    right: float = 0.0
-    judged: int = 0
-    squared: float = 0.0
-    compared: int = 0
-
-    def add(self, output: Any, target: Any) -> None:
-        self.values.append(_sample(output))
-        tensors = [t for t in tensors_in(output) if t.is_floating_point()]
-        scores = _scores(output, tensors)
-        if scores is None or not isinstance(target, Tensor):
-            return
-        if _are_labels(scores, target):
-            self.right += float((scores.argmax(1) == target).sum())
-            self.judged += target.numel()
-        elif scores.shape == target.shape and target.is_floating_point():
-            self.squared += float(F.mse_loss(scores.double(), target.double(), reduction="sum"))
-            self.compared += target.numel()
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Answers]) -> Answers:
-        """The answers of several batches as one."""
-        whole = cls()
-        for part in parts:
-            whole.values += part.values
-            for name in ("right", "judged", "squared", "compared"):
-                setattr(whole, name, getattr(whole, name) + getattr(part, name))
-        return whole
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.right / self.judged if self.judged else None
-
-    @property
-    def squared_error(self) -> float | None:
-        return self.squared / self.compared if self.compared else None
+# Ten points of accuracy, or a tenth of any other measure: a gap that no examination may pass over.
+GAP = 0.1
+# Standard errors of a 99 % interval.
+_SIGMAS = 2.576
+_LARGE_EFFECT = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,13 +25,15 @@ class Comparison:
     """How good the answers are with each kind of statistics.
 
     Attributes:
-        scale: "accuracy", "squared error" or, where there are no targets, "answers" (mean squared distance).
+        scale: "accuracy", "squared error", "metric" or, where there are no targets, "answers" (mean squared distance).
         batch, running, recalibrated: the values on that scale.
+        gap: how much worse running statistics are than the batches': in accuracy, or as a share of the batches' value.
+        low, high: the 99 % interval of the gap, from the differences sample by sample.
         recovered: share of the gap between running and batch statistics that recalibration closes.
         effect: distance between running and recalibrated answers, relative to the spread of the latter.
+        disagreement: share of samples for which running and recalibrated statistics name different classes.
         samples: number of compared samples.
         judged: there were targets.
-        costs: by the targets, running statistics do worse than chance explains.
     """
 
     scale: str
@@ -81,8 +43,54 @@ class Comparison:
     recovered: float
     effect: float
     samples: int
-    judged: bool = False
-    costs: bool = False
+    gap: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    disagreement: float | None = None
+
+    @property
+    def judged(self) -> bool:
+        return self.scale != "answers"
+
+    @property
+    def costs(self) -> bool:
+        """By the targets, running statistics do worse than chance explains."""
+        return self.judged and self.low > 0 and self.gap > (0.02 if self.scale == "accuracy" else GAP)
+
+    @property
+    def fails(self) -> bool:
+        """The gap is one of ten points, and more than chance."""
+        return self.judged and self.gap >= GAP and self.low > 0
+
+    @property
+    def undecided(self) -> bool:
+        """There are targets, and too few samples to tell a gap of ten points from chance."""
+        return self.judged and self.high >= GAP and not self.fails
+
+    @property
+    def apart(self) -> bool:
+        """There are no targets, and the answers differ so much that only targets could tell what it costs."""
+        return not self.judged and self.effect > _LARGE_EFFECT and (self.disagreement or 1.0) >= GAP
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison for JSON."""
+        numbers = {key: value for key, value in vars(self).items() if value is not None}
+        text = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in numbers.items()}
+        return text | ({} if self.judged else dict.fromkeys(("gap", "low", "high")))
+
+    def __str__(self) -> str:
+        if not self.judged:
+            agree = "" if self.disagreement is None else f", {self.disagreement:.1%} of the classes differ"
+            return (
+                f"answers by running statistics are {self.effect:.2g} standard deviations from recalibrated ones{agree}"
+                f" (n = {self.samples}, no targets)"
+            )
+        shown = "{:.3f}".format if self.scale == "accuracy" else "{:.3g}".format
+        by = ", ".join(f"{name} {shown(getattr(self, name))}" for name in ("batch", "running", "recalibrated"))
+        return (
+            f"{self.scale} by statistics: {by} (n = {self.samples}; the gap is {self.gap:.3f}, 99 % interval "
+            f"{self.low:.3f} to {self.high:.3f})"
+        )
 
 
 def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: int) -> Comparison | None:
@@ -92,54 +100,52 @@ def compare(batch: Answers, running: Answers, recalibrated: Answers, samples: in
     if not pairs:
         return None
     b, r, c = (torch.cat([pair[i] for pair in pairs]) for i in range(3))
-    spread = float(c.std()) if c.numel() > 1 else 0.0
-    effect = float((r - c).square().mean().sqrt()) / max(spread, 1e-12)
-    effect = effect if effect == effect else float("inf")
-    judged = False
-    for name, better in (("accuracy", 1.0), ("squared_error", -1.0)):
-        three = tuple(getattr(answers, name) for answers in (batch, running, recalibrated))
-        judged = judged or None not in three
-        if None not in three and _lost(name, three, samples):
-            gap = better * (three[0] - three[1])
-            recovered = better * (three[2] - three[1]) / gap
-            scale = name.replace("_", " ")
-            return Comparison(scale, three[0], three[1], three[2], recovered, effect, samples, True, True)
+    effect, differ = _effect(r, c), _disagreement(running, recalibrated)
+    three = (batch.scores, running.scores, recalibrated.scores)
+    if all(three) and len({sum(t.numel() for t in scores) for scores in three}) == 1:
+        by_batch, by_running, again = (torch.cat(scores) for scores in three)
+        return _judged(batch.scale, by_batch, by_running, again, effect, differ)
     run, recal = float((r - b).square().mean()), float((c - b).square().mean())
     recovered = 1 - recal / run if run > 0 else 0.0
     if run != run:  # NaN with running statistics only
         recovered = 1.0 if recal == recal else 0.0
-    return Comparison("answers", 0.0, run, recal, recovered, effect, samples, judged)
+    return Comparison("answers", 0.0, run, recal, recovered, effect, samples, disagreement=differ)
 
 
-def _lost(name: str, three: tuple[float, ...], samples: int) -> bool:
-    """Return whether running statistics cost more than chance explains.
+def _judged(
+    scale: str, batch: Tensor, running: Tensor, recalibrated: Tensor, effect: float, differ: float | None
+) -> Comparison:
+    better = -1.0 if scale == "squared error" else 1.0
+    unit = 1.0 if scale == "accuracy" else max(float(batch.abs().mean()), 1e-12)
+    gap, low, high = _interval(better * (batch - running) / unit)
+    first, second, third = (float(scores.mean()) for scores in (batch, running, recalibrated))
+    lost = better * (first - second)
+    recovered = better * (third - second) / lost if lost else 0.0
+    if second != second:  # NaN
+        gap, low, high = math.inf, math.inf, math.inf
+        recovered = 1.0 if third == third else 0.0
+    return Comparison(scale, first, second, third, recovered, effect, len(batch), gap, low, high, differ)
 
-    The limits are two points and three standard errors of accuracy, or a tenth of the squared error.
+
+def _interval(differences: Tensor) -> tuple[float, float, float]:
+    """Return the mean and its 99 % interval.
+
+    Two samples more, with one difference of 1 between them, keep the interval from closing where none was seen.
     """
-    batch, running, _ = three
-    if name == "accuracy":
-        noise = 3 * (0.5 / max(1, samples)) ** 0.5
-        return batch - running > max(0.02, noise * (batch * (1 - batch) * 2) ** 0.5)
-    return running > 1.1 * batch
+    n, total, squares = len(differences), float(differences.sum()), float(differences.square().sum())
+    mean = total / (n + 2)
+    error = math.sqrt(max(0.0, (squares + 1) / (n + 2) - mean**2) / (n + 2))
+    return total / max(1, n), mean - _SIGMAS * error, mean + _SIGMAS * error
 
 
-def _sample(output: Any) -> Tensor:
-    """Return evenly spaced values of an answer, in float64."""
-    tensors = [t.detach().reshape(-1) for t in tensors_in(output) if t.is_floating_point()]
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    flat = torch.cat([t.double() for t in tensors])
-    return flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
+def _effect(running: Tensor, recalibrated: Tensor) -> float:
+    spread = float(recalibrated.std()) if recalibrated.numel() > 1 else 0.0
+    effect = float((running - recalibrated).square().mean().sqrt()) / max(spread, 1e-12)
+    return effect if effect == effect else math.inf
 
 
-def _scores(output: Any, tensors: list[Tensor]) -> Tensor | None:
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    return tensors[0] if tensors else None
-
-
-def _are_labels(scores: Tensor, target: Tensor) -> bool:
-    integers = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
-    fits = scores.dim() >= 2 and scores.size(1) > 1 and tuple(target.shape) == (scores.size(0), *scores.shape[2:])
-    return integers and fits
+def _disagreement(running: Answers, recalibrated: Answers) -> float | None:
+    pairs = list(zip(running.classes, recalibrated.classes, strict=False))
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return None
+    return float(torch.cat([(a != b).double().flatten() for a, b in pairs]).mean())

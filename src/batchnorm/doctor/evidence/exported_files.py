@@ -1,4 +1,4 @@
-"""What an exported program or an ONNX file holds of batch normalization."""
+"""What an exported program, an ONNX file or a checkpoint holds of batch normalization."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ...inspect.from_onnx import OnnxReader, readers_of, trains
 from ...inspect.onnx_scope import title_of
 from ...inspect.operators import Effect, node_operator
 from ...model_tools.fold_graph import lift
+from ..checkpoints import CHECKPOINT_TYPES, read_state
 
 __all__ = ["FILE_TYPES", "FileEvidence", "Normalization", "is_file", "read_file"]
 
-FILE_TYPES = (".onnx", ".pt2")
+FILE_TYPES = (".onnx", ".pt2", *CHECKPOINT_TYPES)
 _ALWAYS_TRAINING = (
     "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_with_update_functional",
 )  # fmt: skip
@@ -41,11 +42,13 @@ class Normalization:
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     tracks: bool = True
+    num_batches_tracked: Tensor | None = None
 
 
 @dataclass
 class FileEvidence:
-    """The batch normalizations of a file. `origin` is "ONNX file" or "exported program"."""
+    """The batch normalizations of a file. `origin` is "ONNX file", "exported program" or "checkpoint", of which names,
+    shapes and buffers are known, but no program."""
 
     origin: str
     normalizations: list[Normalization] = field(default_factory=list)
@@ -66,10 +69,26 @@ def read_file(source: str | Path | ExportedProgram) -> FileEvidence:
         return _from_program(source)
     path = Path(source)
     if path.suffix.lower() not in FILE_TYPES:
-        raise UserError(f"neither an .onnx nor a .pt2 file, {path}, pass one of these or pkg.mod:function")
+        raise UserError(f"neither an .onnx nor a .pt2 file nor a checkpoint, {path}, pass one or pkg.mod:function")
     if not path.is_file():
         raise UserError(f"no such file, {path}, correct the path")
+    if path.suffix.lower() in CHECKPOINT_TYPES:
+        return _from_checkpoint(path)
     return _from_onnx(path) if path.suffix.lower() == ".onnx" else _from_program(_load_program(path))
+
+
+def _from_checkpoint(path: Path) -> FileEvidence:
+    state = read_state(path, "{}")
+    held = FileEvidence("checkpoint")
+    for name in state:
+        layer, _, buffer = name.rpartition("running_var")
+        mean = state.get(f"{layer}running_mean")
+        if buffer == "" and name.endswith("running_var") and mean is not None:
+            count = state.get(f"{layer}num_batches_tracked")
+            held.normalizations.append(
+                Normalization(layer.rstrip("."), False, "", None, mean, state[name], num_batches_tracked=count)
+            )
+    return held
 
 
 def _load_program(path: Path) -> ExportedProgram:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ...errors import UserError, quote_error
-from ...inspect.from_run import tensors_in
+from ...inspect.nests import copied, is_tuple_of_parts, mapped, samples_in, tensors_in
 
-__all__ = ["ENOUGH_SAMPLES", "MOST_BATCHES", "Batch", "as_batch", "collect", "copied", "masks_of"]
+__all__ = ["ENOUGH_SAMPLES", "MOST_BATCHES", "Batch", "as_batch", "collect", "copied", "masks_of", "scaled"]
 
 # 10³ to 10⁴ samples are near-optimal for population statistics (arXiv 2105.07576). An endless generator has to end.
 ENOUGH_SAMPLES, ENOUGH_BATCHES, MOST_BATCHES = 10_000, 32, 1_000
@@ -40,9 +39,14 @@ class Batch:
         return ", ".join(found) or "no tensor"
 
 
-def copied(tree: Any) -> Any:
-    """Return the tree with every tensor detached and cloned."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+def scaled(batch: Batch, scale: float, shift: float) -> Batch:
+    """Return the batch with scale·x + shift for its first tensor of floating-point values."""
+    first = next((t for t in tensors_in((batch.args, batch.kwargs)) if t.is_floating_point()), None)
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor * scale + shift if tensor is first else tensor
+
+    return replace(batch, args=mapped(change, batch.args), kwargs=mapped(change, batch.kwargs))
 
 
 def collect(batches: Any, model: nn.Module) -> list[Batch]:
@@ -102,12 +106,12 @@ def as_batch(raw: Any, model: nn.Module, number: int = 0, *, target: bool = True
         )
     if isinstance(raw, Mapping):
         args, kwargs, wanted = _from_mapping(raw, model)
-    elif isinstance(raw, (tuple, list)):
+    elif is_tuple_of_parts(raw):
         args, kwargs, wanted = _from_tuple(tuple(raw), model, target)
     else:
         args, kwargs, wanted = (raw,), {}, None
-    first = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
-    return Batch(raw, args, kwargs, wanted, first.size(0) if first is not None else 1)
+    size = samples_in((args, kwargs))
+    return Batch(raw, args, kwargs, wanted, 1 if size is None else size)
 
 
 def _from_tuple(raw: tuple[Any, ...], model: nn.Module, target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -116,7 +120,7 @@ def _from_tuple(raw: tuple[Any, ...], model: nn.Module, target: bool) -> tuple[t
     taken = len(raw) if not target else 1 if nested else max(1, min(len(required), len(raw)))
     inputs, others = raw[:taken], raw[taken:]
     wanted = others[0] if len(others) == 1 else (others or None)
-    if len(inputs) == 1 and len(required) != 1 and isinstance(inputs[0], (tuple, list)):
+    if len(inputs) == 1 and len(required) != 1 and is_tuple_of_parts(inputs[0]):
         return tuple(inputs[0]), {}, wanted
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         args, kwargs, inner = _from_mapping(inputs[0], model)

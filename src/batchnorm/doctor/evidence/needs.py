@@ -13,17 +13,21 @@ from ...inspect.graph import GraphNode, ModelGraph
 from ...statistics.measured import Measured
 from .exported_files import FileEvidence
 from .normalizations import Layer
-from .passes import SAMPLES_NEEDED, Measurements
+from .passes import Measurements
 from .ranks import Ranks, is_distributed
 from .training_steps import Training
 
-__all__ = ["Evidence", "NotExamined"]
+__all__ = ["CouldNotLook", "Evidence", "NotExamined"]
 
 _BATCHES_NEEDED = 20
 
 
 class NotExamined(Exception):
     """A rule could not decide. The message says what it lacked."""
+
+
+class CouldNotLook(NotExamined):
+    """A rule could not decide on something that was given, so the examination as a whole is none."""
 
 
 @dataclass
@@ -128,7 +132,6 @@ _LACKS: dict[str, Callable[[Evidence], str | None]] = {
     "batch": _lacks_batch,
     "values": _lacks_values,
     "batches": lambda e: _lacks_count(e, "batches", _BATCHES_NEEDED),
-    "samples": lambda e: _lacks_count(e, "samples", SAMPLES_NEEDED),
     "sizes": lambda e: None if e.loader is not None else _lacks_values(e),
     "mask": lambda e: (None if e.masked else "needs mask") or _lacks_values(e),
     "optimizer": lambda e: None if e.optimizer is not None else "needs optimizer",

@@ -25,7 +25,7 @@ from ...inspect.operators import Effect
 from ...statistics.measured import Measured, mask_over, moments
 from .normalizations import Layer, model_trains
 
-__all__ = ["Observer", "WrongAxis", "wrong_axis"]
+__all__ = ["Observer", "Reached", "WrongAxis", "wrong_axis"]
 
 _TORCH_ORDER = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn")
 _SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), batch_norm: inspect.signature(batch_norm)}
@@ -40,6 +40,14 @@ class WrongAxis(Exception):
     def __init__(self, layer: Layer, shape: tuple[int, ...]) -> None:
         super().__init__(layer.name)
         self.layer, self.shape = layer, shape
+
+
+class Reached(BaseException):
+    """The forward came to the layer to stop at. No `except Exception` of the model catches it."""
+
+    def __init__(self, mean: Tensor, var: Tensor, count: int) -> None:
+        super().__init__()
+        self.moments = (mean, var, count)
 
 
 def wrong_axis(layer: Layer, shape: tuple[int, ...]) -> bool:
@@ -66,6 +74,7 @@ class Observer(TorchFunctionMode):
         self.measuring = True
         self.compared = False  # this batch is also run with dropout on
         self.mask: Tensor | None = None
+        self.stop_at: Layer | None = None  # a call of this layer raises `Reached`
         self._model = model
         self._names = {id(m): name for name, m in model.named_modules()}
         self._tensor_names = names_of_tensors(model)
@@ -105,19 +114,41 @@ class Observer(TorchFunctionMode):
                 if getattr(module, "feature_axis", 1) == 1:
                     self._check_axis(layer, args[0])  # before the module checks the dimensions itself
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self._stack or self._stack[-1] is not module:
-            return
+            return None
         self._stack.pop()
         layer = self._by_module.get(id(module))
-        if layer is None or not is_norm(module) or not args or not isinstance(args[0], Tensor):
-            return
-        if self._calls[id(layer)] == self._before_call:  # it normalizes by another operator: only measure it
-            input = _second_axis(args[0], getattr(module, "feature_axis", 1))
-            if input.dim() > 1:
-                self._calls[id(layer)] += 1
-                seen = self.measured.setdefault(id(layer), Measured())
-                self._measure(seen, input, *moments(input), None)
+        if layer is None or not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+            return None
+        if self._calls[id(layer)] != self._before_call:  # its call of batch_norm was met
+            return None
+        input = _second_axis(args[0], getattr(module, "feature_axis", 1))
+        if is_norm(module):  # it normalizes by another operator: only measure it
+            self._calls[id(layer)] += 1
+            self._measure(self.measured.setdefault(id(layer), Measured()), input, *moments(input), None)
+            return None
+        return self._look_alike(layer, input, output)
+
+    def _look_alike(self, layer: Layer, input: Tensor, output: Any) -> Tensor | None:
+        """Measure a module of another class that multiplies and adds by its running statistics.
+
+        Returns what it would answer with the chosen statistics; None where it keeps its own answer.
+        """
+        mean, var = layer.running_mean, layer.running_var
+        if mean is None or var is None or layer.num_features != input.size(1) or not isinstance(output, Tensor):
+            return None
+        known = _scaled_by(layer, input, mean, var)
+        if output.shape != known.shape or not torch.allclose(output, known, rtol=1e-2, atol=1e-3, equal_nan=True):
+            return None
+        self._calls[id(layer)] += 1
+        batch_mean, batch_var, count = moments(input)
+        if layer is self.stop_at:
+            raise Reached(batch_mean, batch_var, count)
+        self._measure(self.measured.setdefault(id(layer), Measured()), input, batch_mean, batch_var, count, None)
+        call = {"running_mean": mean, "running_var": var, "training": False}
+        chosen = self._choose(layer, call, batch_mean, batch_var)
+        return None if chosen[0] is mean else _scaled_by(layer, input, *chosen)
 
     # --- one operation -----------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,6 +179,8 @@ class Observer(TorchFunctionMode):
             return func(*args, **kwargs)  # torch raises and says why
         mask = mask_over(call.get("mask"), input)
         mean, var, count = moments(input, mask)
+        if layer is self.stop_at:
+            raise Reached(mean, var, count)
         self._measure(seen, input, mean, var, count, call.get("mask"))
         output = _with_fixed(func, call, self._choose(layer, call, mean, var))
         if self.measuring:
@@ -228,6 +261,16 @@ class Observer(TorchFunctionMode):
 
 def _second_axis(input: Tensor, axis: int) -> Tensor:
     return input if axis == 1 or input.dim() < 2 else input.movedim(axis, 1)
+
+
+def _scaled_by(layer: Layer, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalize without `batch_norm`, which the mode would take for a call of the model's."""
+    scale = (var.double() + layer.eps).rsqrt()
+    scale = scale if layer.weight is None else scale * layer.weight.double()
+    shift = -mean.double() * scale
+    shift = shift if layer.bias is None else shift + layer.bias.double()
+    shape = (1, -1, *(1,) * (input.dim() - 2))
+    return (input.double() * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

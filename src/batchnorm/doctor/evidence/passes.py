@@ -18,28 +18,46 @@ from ...inspect.operators import Effect
 from ...inspect.reading import decided
 from ...inspect.untouched import preserved
 from ...statistics.measured import Measured
-from .comparison import Answers, Comparison, compare
+from ...statistics.pool import Pool
+from .answers import Answers, Metric
+from .comparison import Comparison, compare
 from .distance import Distance, distance
-from .input_batches import Batch
+from .input_batches import Batch, scaled
+from .input_shift import InputShift, find_input_shift
 from .normalizations import Layer, model_trains
-from .observer import Moments, Observer, WrongAxis
+from .observer import Moments, Observer, Reached, WrongAxis
 
-__all__ = ["SAMPLES_NEEDED", "Measurements", "measure"]
+__all__ = ["Measurements", "measure"]
 
-SAMPLES_NEEDED = 1_000
 _DROPOUT_BATCHES = 8
+# Samples on which the effect of the input's scale and shift is measured.
+_SHIFT_SAMPLES = 256
+# Root mean square of the means, in standard deviations, from which they show a scale of the input.
+_MEANS = 0.5
+# Share of channels from which a layer counts as away.
+_AWAY = 0.1
 
 
 @dataclass
 class Measurements:
-    """What the passes measured. `layers` has the functional ones too; both dicts are by the id of the layer."""
+    """What the passes measured. `layers` has the functional ones too; the dicts are by the id of the layer.
+
+    Attributes:
+        symptom: how good the whole model's answers are with each kind of statistics, frozen layers like all others.
+        comparison: the same, but frozen layers keep their running statistics.
+        distances: by the mode that the model is in.
+        if_evaluated: as if it were in evaluation mode, and every layer, frozen or not, took the batches' statistics.
+        input_shift: how the network's input differs from that of the running statistics, if that explains them.
+    """
 
     layers: list[Layer]
     graph: ModelGraph | None = None
     measured: dict[int, Measured] = field(default_factory=dict)
     distances: dict[int, Distance] = field(default_factory=dict)
+    if_evaluated: dict[int, Distance] = field(default_factory=dict)
+    symptom: Comparison | None = None
     comparison: Comparison | None = None
-    freed: Comparison | None = None  # as if the frozen layers were not
+    input_shift: InputShift | None = None
     wrong_axis: WrongAxis | None = None
     batches: int = 0
     samples: int = 0
@@ -54,13 +72,14 @@ def measure(
     compare_ways: bool,
     try_dropout: bool,
     spent: int = 0,
+    metric: Metric | None = None,
 ) -> Measurements:
     """Run the passes and leave the model as it was. `spent` is the number of forwards that were used before.
 
     Raises:
         UserError: the forward raises for any other reason than the feature axis.
     """
-    passes = _Passes(model, layers, batches, masks)
+    passes = _Passes(model, layers, batches, masks, metric)
     with preserved(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for module in model.modules():
             module.training = False
@@ -73,6 +92,15 @@ def measure(
     return passes.result
 
 
+def _without_means(layer: Layer, seen: Measured) -> bool:
+    """Running means and those of the batches are about 0. So only a scale shows, in one number a channel, which proves
+    nothing."""
+    assert layer.running_mean is not None
+    mean, var = layer.running_mean.double(), seen.pooled.var + layer.eps
+    largest = torch.maximum(mean.square().to(var.device) / var, seen.pooled.mean.square() / var)
+    return float(largest.mean()) < _MEANS**2
+
+
 class _Passes:
     def __init__(
         self,
@@ -80,8 +108,9 @@ class _Passes:
         layers: list[Layer],
         batches: list[Batch],
         masks: Callable[[Batch], Tensor] | None,
+        metric: Metric | None,
     ) -> None:
-        self.model, self.batches, self.masks = model, batches, masks
+        self.model, self.batches, self.masks, self.metric = model, batches, masks, metric
         self.trains = model_trains(model)
         self.observer = Observer(model, layers)
         self.answers: list[Answers] = []  # of each batch, with its own statistics
@@ -93,14 +122,16 @@ class _Passes:
         self._first(self.batches[0])
         dropped = 0
         if try_dropout and self._dropout_before_norm():
-            dropped = min(len(self.batches), _DROPOUT_BATCHES, left if not compare_ways else max(0, left - 1))
+            dropped = min(len(self.batches), _DROPOUT_BATCHES, left if not compare_ways else max(0, left - 2))
         for number, batch in enumerate(self.batches):
             self.observer.compared = number < dropped
-            self.answers.append(Answers())
+            self.answers.append(Answers(self.metric))
             self.answers[-1].add(self._forward(batch, number), batch.target)
         self._with_dropout(dropped)
-        if self.result.samples >= SAMPLES_NEEDED:
-            self._compare(left - dropped if compare_ways else 0)
+        self._measure_distances()
+        if compare_ways:
+            self._compare(left - dropped)
+            self._look_at_input()
 
     def _first(self, batch: Batch) -> None:
         """Run the first batch. It is measured here, and run again only for the graph."""
@@ -134,34 +165,78 @@ class _Passes:
             self._run(batch, number)
         self.observer.dropout = False
 
-    def _compare(self, left: int) -> None:
-        """Compare the three statistics, where those of some layer are away; and once more for frozen layers, as if they
-        were not frozen, because only the answers tell whether they should be."""
-        population = self._population()
-        for layer in self.observer.layers:
-            found = distance(layer, self.observer.measured[id(layer)], self.trains) if id(layer) in population else None
-            if found is not None:
-                self.result.distances[id(layer)] = found
-        away = [layer for layer in self.observer.layers if self._away(layer)]
-        ways = [frozen for frozen in (False, True) if any(layer.frozen == frozen for layer in away)]
-        # With one batch, recalibrated statistics are those of the batch. So one pass a comparison is enough.
-        needed = len(ways) * (1 if len(self.batches) == 1 else 2)
-        batches = min(len(self.batches), left // needed) if needed and left > 0 else 0
-        held = Answers.pooled(self.answers[:batches])
-        if batches and False in ways:
-            running = self._answers("running", batches)
-            again = held if len(self.batches) == 1 else self._answers(population, batches)
-            self.result.comparison = self._compared(held, running, again, batches)
-            held = again
-        if batches and True in ways:
-            self._compare_freed(held, batches)
+    def _measure_distances(self) -> None:
+        self.result.distances = self._distances(self.trains)
+        self.result.if_evaluated = self._distances(False)
 
-    def _compare_freed(self, held: Answers, batches: int) -> None:
+    def _distances(self, trains: bool) -> dict[int, Distance]:
+        measured = self.observer.measured
+        called = [layer for layer in self.observer.layers if id(layer) in measured and measured[id(layer)].pooled.count]
+        found = {id(layer): distance(layer, measured[id(layer)], trains) for layer in called}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _compare(self, left: int) -> None:
+        """Compare the statistics on as many batches as there are forwards left for, at least one.
+
+        Where some layers are frozen, the first pass had these at their running statistics. A pass without them frozen
+        follows, because held statistics may be the fault.
+        """
+        called = [layer for layer in self.observer.layers if id(layer) in self.observer.measured and layer.tracks]
+        frozen, live = (any(layer.frozen == kind for layer in called) for kind in (True, False))
+        if not called:
+            return
+        # With one batch, recalibrated statistics are those of the batch, which needs no pass.
+        passes = (1 + live) if frozen else 1
+        passes += 0 if len(self.batches) == 1 else (frozen + live)
+        batches = max(1, min(len(self.batches), left // passes))
+        held = Answers.pooled(self.answers[:batches])
+        running = self._answers("running", batches) if live else held
+        if live:
+            again = self._recalibrated(held, batches)
+            self.result.comparison = self.result.symptom = self._compared(held, running, again, batches)
+        if frozen:
+            self._compare_freed(running, batches)
+
+    def _compare_freed(self, running: Answers, batches: int) -> None:
         measured, self.observer.measured, self.observer.freed = self.observer.measured, {}, True
         free = self._answers("batch", batches, measuring=True)
-        again = free if len(self.batches) == 1 else self._answers(self._population(), batches)
-        self.result.freed = self._compared(free, held, again, batches)
+        self.result.symptom = self._compared(free, running, self._recalibrated(free, batches), batches)
+        self.result.if_evaluated = self._distances(False)
         self.observer.measured, self.observer.freed = measured, False
+
+    def _look_at_input(self) -> None:
+        """Look at the input where the first layer that runs is away from its statistics and most later ones are not.
+
+        With batch statistics the first layer takes a shift of its input out again, so later ones see what they knew.
+        """
+        away = {key: d.away >= _AWAY for key, d in self.result.if_evaluated.items()}
+        by_id = {id(layer): layer for layer in self.observer.layers}
+        called = [by_id[key] for key in self.observer.measured if key in by_id and by_id[key].tracks]
+        if not called or not away.get(id(called[0])) or self.result.if_evaluated[id(called[0])].young:
+            return
+        later = [away.get(id(layer), False) for layer in called[1:]]
+        alone = not later and _without_means(called[0], self.observer.measured[id(called[0])])
+        held = any(getattr(layer.module, "track_running_stats", True) is False for layer in called)
+        if called[0].is_initial or held or sum(later) > len(later) / 3 or alone:
+            return
+        self.result.input_shift = find_input_shift(called[0], lambda u, v: self._response(called[0], u, v))
+
+    def _response(self, layer: Layer, scale: float, shift: float) -> tuple[Tensor, Tensor]:
+        """The moments of the layer's input where the network's input is scale·x + shift."""
+        pool = Pool()
+        self.observer.stop_at, self.observer.measuring, self.observer.mask = layer, False, None
+        needed = -(-_SHIFT_SAMPLES // max(1, self.batches[0].size))
+        for batch in self.batches[:needed]:
+            changed = scaled(batch, scale, shift)
+            try:
+                self.observer.forward(lambda changed=changed: changed.call(self.model))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+            except Reached as reached:
+                pool.add(*reached.moments)
+        self.observer.stop_at = None
+        return pool.mean, pool.var
+
+    def _recalibrated(self, by_batch: Answers, batches: int) -> Answers:
+        return by_batch if len(self.batches) == 1 else self._answers(self._population(), batches)
 
     def _compared(self, batch: Answers, running: Answers, again: Answers, batches: int) -> Comparison | None:
         return compare(batch, running, again, sum(one.size for one in self.batches[:batches]))
@@ -171,13 +246,9 @@ class _Passes:
         seen = self.observer.measured.items()
         return {key: (one.pooled.mean, one.pooled.unbiased) for key, one in seen if one.pooled.count}
 
-    def _away(self, layer: Layer) -> bool:
-        found = self.result.distances.get(id(layer))
-        return found is not None and found.away > 0
-
     def _answers(self, statistics: str | Moments, batches: int, measuring: bool = False) -> Answers:
         self.observer.statistics, self.observer.measuring = statistics, measuring
-        answers = Answers()
+        answers = Answers(self.metric)
         for number, batch in enumerate(self.batches[:batches]):
             answers.add(self._run(batch, number), batch.target)
         return answers

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import UserError, quote_error
 from ...functional import batch_norm
-from ...inspect.from_run import tensors_in
 from ...inspect.modules import names_of_tensors
+from ...inspect.nests import tensors_in
 from ...inspect.untouched import Preserved, preserved
 from .input_batches import Batch, copied
 from .normalizations import Layer, find_layers
@@ -76,6 +76,7 @@ def watch_steps(
     Raises:
         UserError: the step raises.
     """
+    batches = [batch for batch in batches if batch.size > 1] or batches  # a last sample alone raises, and has its rule
     budget = max(2, min(_STEPS, 2 * len(batches)))
     with preserved(model, [optimizer] if optimizer is not None else [], gradients=True) as kept:
         watch = _Watch(model, layers, kept, models_of(step))

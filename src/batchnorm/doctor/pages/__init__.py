@@ -13,4 +13,7 @@ def page(code: str) -> str:
     Raises:
         UserError: no rule has this code.
     """
-    return find_rule(code).page.read_text(encoding="utf-8")
+    rule = find_rule(code)
+    if not rule.page.is_file():  # another package's rule
+        return f"# {rule.code} {rule.name}\n\n{rule.summary}\n\nFix: {rule.fix}. False alarm: if {rule.false_alarm}.\n"
+    return rule.page.read_text(encoding="utf-8")

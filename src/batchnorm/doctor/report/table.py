@@ -22,15 +22,20 @@ _NAMED = 3
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Print the findings and, below them, what was not examined and why."""
+    """Print the symptom, the findings, the lines to type, unbroken, and what was and was not examined."""
+    first = 1 if diagnosis.symptom else 0
+    for line in diagnosis.summary()[:first]:
+        console.print(line, style="bold", soft_wrap=True)
     if diagnosis.findings:
         console.print(_table(diagnosis))
     else:
         console.print(f"{diagnosis.subject}: no findings in {len(diagnosis.examined)} rules")
-    for reason, codes in _by_reason(diagnosis).items():
-        console.print(f"not examined: {', '.join(codes)}: {reason}", style="dim")
+    for code, fix in {finding.code: finding.fix for finding in diagnosis.findings}.items():
+        console.print(f"fix {code}: {fix}", soft_wrap=True)
     if diagnosis.findings:
         console.print("batchnorm doctor --explain CODE says more about a rule", style="dim")
+    for line in diagnosis.summary()[first:]:
+        console.print(line, style="red" if line.startswith("could not") else "dim", soft_wrap=True)
 
 
 def _table(diagnosis: Diagnosis) -> Table:
@@ -46,7 +51,6 @@ def _table(diagnosis: Diagnosis) -> Table:
         more = f"\nand {len(findings) - _NAMED} more" if len(findings) > _NAMED else ""
         numbers = "\n".join(f"{key} {shown(value)}" for key, value in first.evidence.items())
         what = Text(first.message)
-        what.append(f"\nfix: {first.fix}", "bold")
         what.append(f"\na false alarm if {first.false_alarm}", "dim")
         table.add_row(Text(f"{code} {severity}\n{first.name}", _COLOURS[severity]), names + more, what, numbers)
     return table
@@ -59,23 +63,13 @@ def _count(findings: Iterable[Finding]) -> str:
     return ", ".join(f"{n} {severity}{'s' * (n > 1 and severity != 'info')}" for severity, n in counts.items())
 
 
-def _by_reason(diagnosis: Diagnosis) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for code, reason in diagnosis.not_examined.items():
-        reasons.setdefault(reason, []).append(code)
-    return reasons
-
-
 def print_repair(report: RepairReport, console: Console) -> None:
-    """Print what was changed, what was left, and the number of findings before and after."""
+    """Print what was changed, what was left, and whether the answers are better for it."""
     table = Table(title="mended", title_justify="left")
-    for heading in ("rule", "module", "what", "before", "after"):
+    for heading in ("rule", "module", "what", "before", "after", "kind"):
         table.add_column(heading, overflow="fold")
     for change in report.changes:
-        table.add_row(change.code, change.module or "model", change.what, change.before, change.after)
+        kind = "safe" if change.safe else "unsafe"
+        table.add_row(change.code, change.module or "model", change.what, change.before, change.after, kind)
     if report.changes:
         console.print(table)
-    for code, reason in report.left.items():
-        console.print(f"not mended: {code}: {reason}")
-    for code in sorted(report.before | report.after):
-        console.print(f"{code}: {report.before.get(code, 0)} findings before, {report.after.get(code, 0)} after")

@@ -24,7 +24,10 @@ def move_bias(context: RepairContext, finding: Finding) -> list[Change]:
         mean.sub_(bias.to(mean.dtype))
     bias.zero_()
     bias.requires_grad_(False)
-    return [Change(finding.code, finding.module, "bias, into the running mean", f"up to {largest:.3g}", "0, held")]
+    held = "{}.bias.requires_grad_(False)"
+    return [
+        Change(finding.code, finding.module, "bias, into the running mean", f"up to {largest:.3g}", "0, held", held)
+    ]
 
 
 @rule(

@@ -14,7 +14,10 @@ def set_momentum(context: RepairContext, finding: Finding) -> list[Change]:
     if norm is None:
         return []
     norm.momentum = round(1 - momentum, 6) if 0.5 <= momentum < 1 else 0.1
-    return [Change(finding.code, finding.module, "momentum", shown(momentum), shown(norm.momentum))]
+    statement = f"{{}}.momentum = {norm.momentum!r}"
+    return [
+        Change(finding.code, finding.module, "momentum", shown(momentum), shown(norm.momentum), statement, safe=False)
+    ]
 
 
 @rule(
@@ -26,6 +29,7 @@ def set_momentum(context: RepairContext, finding: Finding) -> list[Change]:
     fix="set momentum to 1 minus the Keras value: 0.1 for 0.9, 0.01 for 0.99",
     false_alarm="the statistics are meant to be those of the last batch or two, or are held still on purpose",
     repair=set_momentum,
+    unsafe=True,
 )
 def momentum_convention(evidence: Evidence) -> Iterator[Found]:
     for layer in evidence.layers:

@@ -10,12 +10,13 @@ from ..rule import Found, rule
 
 
 def freeze_layer(context: RepairContext, finding: Finding) -> list[Change]:
-    """Freeze the layer, so that its statistics are held as γ and β are."""
+    """Freeze the layer, so that its statistics are held as γ and β are; at those that a recalibration leaves."""
     norm = context.module(finding.module)
     if norm is None:
         return []
-    freeze(norm)
-    return [Change(finding.code, finding.module, "running statistics", "moving", "held")]
+    context.afterwards.append(lambda: freeze(norm))
+    statement = "batchnorm.freeze({})"
+    return [Change(finding.code, finding.module, "running statistics", "moving", "held", statement, safe=False)]
 
 
 @rule(
@@ -27,6 +28,7 @@ def freeze_layer(context: RepairContext, finding: Finding) -> list[Change]:
     fix="batchnorm.freeze(module) holds both, through every .train()",
     false_alarm="the statistics are meant to adapt to new data while γ and β stay (domain adaptation)",
     repair=freeze_layer,
+    unsafe=True,
 )
 def frozen_affine_live_stats(evidence: Evidence) -> Iterator[Found]:
     for layer in evidence.layers:

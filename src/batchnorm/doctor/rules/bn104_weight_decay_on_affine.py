@@ -23,7 +23,7 @@ def stop_decay(context: RepairContext, finding: Finding) -> list[Change]:
             group["params"] = [p for p in group["params"] if id(p) not in own]
             _group_without_decay(optimizer, group)["params"] += moved
     decay = shown(finding.evidence["weight_decay"])
-    return [Change(finding.code, finding.module, "weight decay of γ and β", decay, "0")]
+    return [Change(finding.code, finding.module, "weight decay of γ and β", decay, "0", safe=False)]
 
 
 def _group_without_decay(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     fix="build the optimizer from batchnorm.param_groups(model, weight_decay)",
     false_alarm="the decay was tuned with γ and β in it",
     repair=stop_decay,
+    unsafe=True,
 )
 def weight_decay_on_affine(evidence: Evidence) -> Iterator[Found]:
     assert evidence.optimizer is not None

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..change import request_recalibration
 from ..evidence.needs import Evidence
-from ..rule import Found, rule
+from ..rule import Found, NotExamined, rule
 
 
 @rule(
@@ -15,12 +15,15 @@ from ..rule import Found, rule
     "untrained-statistics",
     summary="The model is evaluated, or averaged, on running statistics that are still the initial 0 and 1.",
     order=20,
-    needs=("model",),
+    needs=("model or file",),
     fix="batchnorm.recalibrate(model, batches), or copy the buffers together with the parameters",
     false_alarm="inputs of mean 0 and variance 1 in every channel are what the layer really gets",
     repair=request_recalibration,
 )
 def untrained_statistics(evidence: Evidence) -> Iterator[Found]:
+    if evidence.file is not None:
+        yield from _in_file(evidence)
+        return
     assert evidence.model is not None
     averaged = _averaged_modules(evidence.model)
     for layer in evidence.layers:
@@ -38,6 +41,21 @@ def untrained_statistics(evidence: Evidence) -> Iterator[Found]:
             {"features": layer.num_features, "num_batches_tracked": 0 if updates is None else int(updates)},
             severity="error",
         )
+
+
+def _in_file(evidence: Evidence) -> Iterator[Found]:
+    assert evidence.file is not None
+    if evidence.file.origin != "checkpoint":
+        raise NotExamined("needs the model or a checkpoint")
+    for norm in evidence.file.normalizations:
+        mean, var, updates = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if mean is not None and var is not None and not norm.training and not mean.any() and bool((var == 1).all()):
+            yield Found(
+                norm.name,
+                "the checkpoint holds mean 0 and variance 1, which no batch has ever moved",
+                {"features": mean.numel(), "num_batches_tracked": 0 if updates is None else int(updates)},
+                severity="error",
+            )
 
 
 def _averaged_modules(model: nn.Module) -> set[int]:

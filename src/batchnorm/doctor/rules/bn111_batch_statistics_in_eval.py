@@ -2,10 +2,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ...inspect.operators import Effect
+from ..change import Change, RepairContext
+from ..diagnosis import Finding
 from ..evidence.needs import Evidence
 from ..evidence.normalizations import Layer
 from ..rule import Found, rule
+
+
+def keep_statistics(context: RepairContext, finding: Finding) -> list[Change]:
+    """Give the layer running statistics, to be filled by recalibration, or put it into evaluation mode."""
+    norm = context.module(finding.module)
+    if norm is None:
+        return []
+    context.recalibrate_for.add(finding.code)
+    if norm.running_mean is not None:
+        norm.eval()
+        return [Change(finding.code, finding.module, "mode", "training", "evaluation", "{}.eval()")]
+    device = next((t.device for t in norm.parameters()), None)
+    norm.register_buffer("running_mean", torch.zeros(norm.num_features, device=device))
+    norm.register_buffer("running_var", torch.ones(norm.num_features, device=device))
+    norm.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
+    norm.track_running_stats = True
+    norm.eval()
+    statement = "{0}.__init__({0}.num_features, {0}.eps, {0}.momentum, {0}.affine)"
+    return [Change(finding.code, finding.module, "track_running_stats", "False", "True", statement, safe=False)]
 
 
 @rule(
@@ -16,6 +39,8 @@ from ..rule import Found, rule
     needs=("model",),
     fix="keep running statistics (track_running_stats=True), fill them by batchnorm.recalibrate(model, batches)",
     false_alarm="a batch is meant to be one whole: a task of meta-learning, adaptation at test time",
+    repair=keep_statistics,
+    unsafe=True,
 )
 def batch_statistics_in_eval(evidence: Evidence) -> Iterator[Found]:
     for layer in evidence.layers:

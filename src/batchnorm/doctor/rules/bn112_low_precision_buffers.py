@@ -15,12 +15,15 @@ _LOW = {torch.float16: 11, torch.bfloat16: 8}  # bits of a significand
     "low-precision-buffers",
     summary="Running statistics are kept in fp16 or bf16, where a small update is rounded away.",
     order=210,
-    needs=("model",),
+    needs=("model or file",),
     fix="keep the buffers, γ and β in float32: module.float(); the input may stay half",
     false_alarm="the model only evaluates, and its statistics were learned in float32",
 )
 def low_precision_buffers(evidence: Evidence) -> Iterator[Found]:
-    for layer in evidence.layers:
+    held = evidence.layers if evidence.file is None else evidence.file.normalizations
+    for layer in held:
+        if evidence.file is not None and evidence.file.origin != "checkpoint":
+            return  # a program only evaluates
         buffers = [b for b in (layer.running_mean, layer.running_var) if b is not None and b.dtype in _LOW]
         if buffers:
             dtype = buffers[0].dtype

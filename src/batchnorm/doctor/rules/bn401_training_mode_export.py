@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..evidence.needs import Evidence
-from ..rule import Found, rule
+from ..rule import Found, NotExamined, rule
 
 _KEEP = "give the layer running statistics (track_running_stats=True), recalibrate the model, and export it again"
 
@@ -19,6 +19,8 @@ _KEEP = "give the layer running statistics (track_running_stats=True), recalibra
 )
 def training_mode_export(evidence: Evidence) -> Iterator[Found]:
     assert evidence.file is not None
+    if evidence.file.origin == "checkpoint":
+        raise NotExamined("needs an exported program or an ONNX file, and a checkpoint holds none")
     found = [n for n in evidence.file.normalizations if n.training]
     for normalization in found:
         cause = "" if normalization.tracks else "it keeps no running statistics, in evaluation neither: "

@@ -18,6 +18,8 @@ from ..rule import Found, rule
 )
 def unfolded(evidence: Evidence) -> Iterator[Found]:
     if evidence.file is not None:
+        if evidence.file.origin == "checkpoint":
+            raise NotExamined("needs the model's graph, and a checkpoint holds none")
         for normalization in evidence.file.normalizations:
             if normalization.foldable_into is not None:
                 yield _found(normalization.name, normalization.foldable_into)
