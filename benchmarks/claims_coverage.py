@@ -66,7 +66,7 @@ def wrong_verdicts(law: str, seeds: int, selection: str, draws: int) -> list[obj
     for _ in range(draws):
         runs = drawn.draw_study(rng, (ARM_LAWS[law], ARM_LAWS[law]), seeds, rates=rates)
         claims = drawn.claims_of(runs, rates, settings)
-        wrong.update(name for name, claim in claims.items() if claim.verdict != "no difference")
+        wrong.update(name for name, claim in claims.items() if claim.verdict in ("better", "worse"))
         silent += claims["convergence"].estimate is None
     return [
         law,
@@ -90,7 +90,7 @@ def step_rates(law: str, seeds: int, selection: str, draws: int) -> list[object]
         runs = drawn.draw_rates(rng, (first, first), seeds)
         rates, same = fastest(runs, drawn.ARMS), drawn.convergence_of(runs, fastest)
         counts["apart"] += rates["first"] != rates["last"]
-        counts["wrong"] += same.verdict != "no difference"
+        counts["wrong"] += same.verdict in ("better", "worse")
         counts["silent"] += same.estimate is None
     for _ in range(draws):
         for name, last in (("faster", faster), ("moved", moved)):

@@ -16,6 +16,9 @@ from .ops.extension import empty_cache
 
 if TYPE_CHECKING:
     from .doctor.examine import diagnose
+    from .experiment.analyze import analyze
+    from .experiment.recorded.recorder import StudyRecorder
+    from .experiment.recorded.recorder_callbacks import recorder_for_lightning, recorder_for_transformers
     from .experiment.study import study
     from .model_tools.convert import convert, revert
     from .model_tools.fold import fold
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 # What needs more than torch, or more than a layer, is imported when it is first asked for.
 _LAZY = {
     "Monitor": ".monitor",
+    "StudyRecorder": ".experiment.recorded.recorder",
+    "analyze": ".experiment.analyze",
     "convert": ".model_tools",
     "copy_statistics": ".model_tools",
     "diagnose": ".doctor",
@@ -41,6 +46,8 @@ _LAZY = {
     "insert": ".model_tools",
     "param_groups": ".model_tools",
     "recalibrate": ".model_tools",
+    "recorder_for_lightning": ".experiment.recorded.recorder_callbacks",
+    "recorder_for_transformers": ".experiment.recorded.recorder_callbacks",
     "revert": ".model_tools",
     "strip": ".model_tools",
     "study": ".experiment.study",
@@ -56,8 +63,10 @@ __all__ = [
     "BatchNormAct3d",
     "Monitor",
     "Renorm",
+    "StudyRecorder",
     "UserError",
     "__version__",
+    "analyze",
     "convert",
     "copy_statistics",
     "diagnose",
@@ -72,6 +81,8 @@ __all__ = [
     "lengths_to_mask",
     "param_groups",
     "recalibrate",
+    "recorder_for_lightning",
+    "recorder_for_transformers",
     "revert",
     "strip",
     "study",

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from batchnorm.experiment.analysis.claims import Claim, compute_claims
 from batchnorm.experiment.analysis.measures import decades_within, reaches_grid_end
+from batchnorm.experiment.analysis.target import target_accuracy, unlearnt
 from batchnorm.experiment.training.probe import drift_of_run
 
 from .simulated_study import ARMS, Law, claims_of, draw_study
@@ -36,7 +38,7 @@ def _at(runs: pd.DataFrame, arm: str, purpose: str = "measure", lr: float = 1.0,
     return (runs[list(keys)] == pd.Series(keys)).all(axis=1)
 
 
-def _claims(runs: pd.DataFrame, **options: float) -> dict[str, Claim]:
+def _claims(runs: pd.DataFrame, **options: object) -> dict[str, Claim]:
     settings = dict.fromkeys(ARMS, SETTING)
     claims = compute_claims(runs, settings, baseline="first", compared="last", budget=1000, **options)
     assert list(claims) == NAMES
@@ -44,7 +46,12 @@ def _claims(runs: pd.DataFrame, **options: float) -> dict[str, Claim]:
         json.dumps(claim.to_json(), allow_nan=False)
         low = -math.inf if claim.ci_low is None else claim.ci_low
         high = math.inf if claim.ci_high is None else claim.ci_high
-        assert (low <= claim.null <= high) == (claim.verdict == "no difference")
+        if claim.verdict == "not measurable":
+            assert (claim.estimate, claim.ci_low, claim.ci_high) == (None, None, None)
+            assert claim.text == f"no claim: {claim.reason}"
+        else:
+            assert (low <= claim.null <= high) == (claim.verdict == "no difference")
+            assert claim.reason is None
         assert claim.estimate is None or low <= claim.estimate <= high
         assert claim.text
         assert "nan" not in claim.text
@@ -116,8 +123,8 @@ def test_too_few_seeds_give_no_bound(seeds: int) -> None:
     runs = _runs(seeds)
     runs.loc[_at(runs, "first"), "steps_to_target"] = np.nan
     claim = _claims(runs)["convergence"]
-    assert (claim.estimate, claim.ci_low, claim.ci_high, claim.verdict) == (None, None, None, "no difference")
-    assert claim.text.startswith("no claim: too few of the")
+    assert (claim.estimate, claim.ci_low, claim.ci_high, claim.verdict) == (None, None, None, "not measurable")
+    assert claim.reason.startswith("too few of the")
 
 
 def test_neither_arm_arrives() -> None:
@@ -223,7 +230,46 @@ def test_ties_are_not_certainty() -> None:
 )
 @pytest.mark.parametrize("seeds", [2, 4])
 def test_little_to_say_is_said(spoil: object, seeds: int) -> None:
-    assert all(claim.verdict == "no difference" for claim in _claims(spoil(_runs(seeds))).values())
+    verdicts = {claim.verdict for claim in _claims(spoil(_runs(seeds))).values()}
+    assert verdicts <= {"no difference", "not measurable"}
+
+
+def test_one_value_of_a_setting_alone_is_not_measurable() -> None:
+    runs = _runs()
+    claims = _claims(runs[(runs["lr"] == 1.0) & (runs["dropout"] == 0)])
+    assert {name for name, claim in claims.items() if claim.verdict == "not measurable"} == {"learning_rate", "dropout"}
+    assert claims["learning_rate"].reason == "first has one value of learning rate, it takes two of each"
+    assert claims["dropout"].reason.startswith("first has one value of dropout")
+
+
+def test_two_arms_that_learn_nothing_above_chance_are_not_compared() -> None:
+    said = {"first": "first learns nothing", "last": "last learns nothing"}
+    claims = _claims(_steps_study(), unlearnt=said)
+    assert {claim.verdict for claim in claims.values()} == {"not measurable"}
+    assert {claim.reason for claim in claims.values()} == {"first learns nothing; last learns nothing"}
+    alone = _claims(_steps_study(), unlearnt={"first": "first learns nothing"})
+    assert alone["convergence"].reason == "no target, first learns nothing"  # the first arm sets the target
+    assert {claim.verdict for name, claim in alone.items() if name != "convergence"} == {"no difference"}
+
+
+def test_seeds_of_an_arm_with_one_setting_chose_nothing_and_all_measure() -> None:
+    runs = _runs()
+    runs = runs[(runs["lr"] == 1.0) & (runs["dropout"] == 0) & (runs["weight_decay"] == 0)].copy()
+    runs.loc[runs["arm"] == "last", "test_accuracy"] = [0.96, 0.97, 0.93, 0.94, 0.93, 0.94]
+    claim = _claims(runs)["generalization"]
+    assert claim.n == 6
+    assert claim.estimate == pytest.approx(4.5)
+
+
+def test_target_must_exceed_chance_by_its_own_interval() -> None:
+    plan = SimpleNamespace(arms=("first", "last"))
+    data = SimpleNamespace(chance=lambda part: 0.5, y={"validation": range(100)})
+    base = {"purpose": "choose", "lr": 1.0, "weight_decay": 0.0, "dropout": 0.0}
+    rows = [{**base, "arm": arm, "val_accuracy": a} for arm, a in (("first", 0.59), ("last", 0.61))]
+    assert target_accuracy(plan, rows, 1.0, data) is None  # 0.59 − 1.96·0.049 < 0.5
+    assert list(unlearnt(plan, rows, dict.fromkeys(plan.arms, 1.0), data)) == ["first"]
+    rows[0]["val_accuracy"] = 0.61
+    assert target_accuracy(plan, rows, 1.0, data) == pytest.approx(0.61 - 1.96 * math.sqrt(0.61 * 0.39 / 100))
 
 
 def test_a_network_that_never_learns_tolerates_no_rate() -> None:

@@ -259,7 +259,7 @@ def test_runs_that_never_arrive_are_late_and_not_absent() -> None:
     assert some["estimate"] > 1.2 * every["estimate"]
     assert "never there: 1 at batch size 8" in some["text"]
     none = _made_up([math.nan, math.nan])["batch_size=8 none updates against 60"]
-    assert (none["estimate"], none["verdict"]) == (None, "no difference")
+    assert (none["estimate"], none["verdict"]) == (None, "not measurable")
 
 
 def test_an_arm_that_never_arrives_is_shown_at_its_best_rate() -> None:

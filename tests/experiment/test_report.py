@@ -235,7 +235,7 @@ def _all_diverged() -> Study:
     summary, runs, traces = fake_study()
     runs = runs.assign(diverged=True, val_accuracy=0.1, test_accuracy=0.1, steps_to_target=np.nan, drift=np.nan)
     for claim in summary["claims"].values():
-        claim.update(estimate=None, ci_low=None, ci_high=None, verdict="no difference", text="no claim: all diverged")
+        claim.update(estimate=None, ci_low=None, ci_high=None, verdict="not measurable", reason="all diverged")
     summary["settings"] = {arm: dict.fromkeys(("best_lr", "lr", "weight_decay", "dropout")) for arm in summary["arms"]}
     summary["target_accuracy"] = None
     return summary, runs, traces

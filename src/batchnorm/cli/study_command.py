@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..experiment.training.arms import ARMS
 
 if TYPE_CHECKING:
-    from ..experiment.study import StudyResult
+    from rich.table import Table
 
-__all__ = ["study"]
+    from ..experiment.study_result import StudyResult
+
+__all__ = ["show_result", "study"]
 
 
 def study(
@@ -24,7 +26,13 @@ def study(
             "class, or pkg.mod:function, which returns a torch.utils.data.Dataset."
         ),
     ] = "digits",
-    model: Annotated[str, typer.Option(help="mlp, cnn or pkg.mod:function, which returns a Module.")] = "mlp",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="pkg.mod:build or path/file.py:build, written as build(arm, seed), which makes the arm itself, or as "
+            "build(), from whose network the arms are made; or mlp or cnn."
+        ),
+    ] = "mlp",
     arms: Annotated[
         str,
         typer.Option(help=f"Comma-separated, the last is compared with the first: {', '.join(ARMS)}."),
@@ -62,6 +70,13 @@ def study(
             help="sgd, momentum, nesterov, adam or adamw. Several, comma-separated, are compared.", show_default="sgd"
         ),
     ] = None,
+    where: Annotated[
+        str,
+        typer.Option(help="same: in the places of the network's own normalizations; every: after each hidden layer."),
+    ] = "same",
+    dropout: Annotated[
+        str, typer.Option(help="keep: the network's own dropout stays; replace: the grid of dropout takes its place.")
+    ] = "keep",
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json to stdout and nothing else.")] = False,
 ) -> None:
     """Measure what batch normalization does to a network: train it with and without, over grids of learning
@@ -86,9 +101,16 @@ def study(
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
+        where=where,  # type: ignore[arg-type]  # the function refuses other words in one line
+        dropout=dropout,  # type: ignore[arg-type]  # as above
         # Beside JSON the bar may only go where a person looks on.
         progress=(sys.stderr if sys.stderr.isatty() else None) if as_json else sys.stdout,
     )
+    show_result(result, as_json)
+
+
+def show_result(result: StudyResult, as_json: bool) -> None:
+    """Print the summary as JSON, or the claims and the three files."""
     if as_json:
         print(json.dumps(result.summary, indent=1, allow_nan=False))
     else:
@@ -109,6 +131,8 @@ def _show_claims(result: StudyResult) -> None:
     # Labels and file names may hold what rich would take for markup.
     console = Console(markup=False, highlight=False)
     console.print(table)
+    if summary["comparisons"]:
+        console.print(_comparisons_table(summary))
     if "factors" in summary:
         from ..experiment.report.factor_section import cell_tables, impossible_words
 
@@ -121,3 +145,16 @@ def _show_claims(result: StudyResult) -> None:
             print(sentence)
     for path in (result.report, result.runs_csv, result.summary_json):
         print(path)
+
+
+def _comparisons_table(summary: dict[str, Any]) -> Table:
+    """Return all arms against the first, the claims that can be told of at least one of them."""
+    from rich.table import Table
+
+    title = f"all arms against {summary['baseline']}, verdicts corrected for their number (Holm)"
+    table = Table("claim", "arm", "verdict", "estimate", title=title, title_justify="left")
+    for name, entries in summary["comparisons"].items():
+        for entry in entries if any(e["estimate"] is not None for e in entries) else ():
+            estimate = "" if entry["estimate"] is None else f"{entry['estimate']:.3g} {entry['unit']}"
+            table.add_row(name, entry["arm"], entry["verdict"], estimate)
+    return table

@@ -13,7 +13,6 @@ from scipy import optimize, special, stats
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-_TAIL = (1 + LEVEL) / 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,12 @@ def student_half_width(values: ArrayLike) -> float | None:
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) < 2:
         return None
-    return float(stats.t.ppf(_TAIL, len(numbers) - 1) * stats.sem(numbers))
+    return _quantile(LEVEL, len(numbers) - 1) * float(stats.sem(numbers))
+
+
+def _quantile(level: float, dof: float) -> float:
+    """Return how many standard errors an interval at `level` reaches to each side, by Student's law."""
+    return float(stats.t.ppf((1 + level) / 2, dof))
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,15 @@ def satterthwaite(variances: tuple[float, float], dofs: tuple[int, int]) -> floa
     return (a + b) ** 2 / (a**2 / dofs[0] + b**2 / dofs[1])
 
 
-def welch(first: Sample, second: Sample) -> Interval:
-    """Return the mean of `second` minus the mean of `first` with Welch's 95 % interval; the arms are not paired.
+def welch(first: Sample, second: Sample, level: float = LEVEL) -> Interval:
+    """Return the mean of `second` minus the mean of `first` with Welch's interval; the arms are not paired.
 
     NOTHING where an arm has no value, or where no group of seeds shows a spread.
     """
     if min(len(first.values), len(second.values)) < 1 or min(first.dof, second.dof) < 1:
         return NOTHING
     variances = (first.mean_variance, second.mean_variance)
-    t = float(stats.t.ppf(_TAIL, satterthwaite(variances, (first.dof, second.dof))))
+    t = _quantile(level, satterthwaite(variances, (first.dof, second.dof)))
     difference = second.mean - first.mean
     half = t * math.sqrt(sum(variances))
     return Interval(difference, difference - half, difference + half)
@@ -179,29 +183,29 @@ class CensoredSample:
             far = mean + step
         return math.copysign(math.inf, step)
 
-    def open_limits(self, other: "CensoredSample") -> tuple[float, float, float]:
+    def open_limits(self, other: "CensoredSample", level: float) -> tuple[float, float, float]:
         """Return (mean, low, inf) for an arm of which at most one value is seen; the spread is the other arm's.
 
         If h of n values hide beyond the limit, the chance of hiding is at least q (Clopper & Pearson 1934), and
         the arm's center lies above limit − sd·z(1−q), z by Student's law because sd is the other arm's estimate.
         """
-        q = float(stats.beta.ppf(1 - _TAIL, self.hidden, len(self.seen) + 1))
+        q = float(stats.beta.ppf((1 - level) / 2, self.hidden, len(self.seen) + 1))
         sd = max(float(np.std(other.seen, ddof=1)), other.floor)
         low = self.limit + sd * min(0.0, float(stats.t.ppf(q, other.dof)))
         return self.limit, low, math.inf
 
 
-def _arrival_differs(first: CensoredSample, second: CensoredSample) -> bool:
+def _arrival_differs(first: CensoredSample, second: CensoredSample, level: float) -> bool:
     """Return whether the arms differ in how many values are seen, by Fisher's exact test.
 
     The test assumes no distribution. It needs four seeds an arm to show a difference.
     """
     table = [[len(arm.seen), arm.hidden] for arm in (first, second)]
-    return bool(stats.fisher_exact(table).pvalue <= 1 - LEVEL)
+    return bool(stats.fisher_exact(table).pvalue <= 1 - level)
 
 
-def censored_difference(first: CensoredSample, second: CensoredSample) -> Interval:
-    """Return the mean of `first` minus the mean of `second` with a 95 % interval.
+def censored_difference(first: CensoredSample, second: CensoredSample, level: float = LEVEL) -> Interval:
+    """Return the mean of `first` minus the mean of `second` with its interval.
 
     Each arm gets its own limits and its own spread; the two are joined by the square-and-add rule (Zou & Donner
     2008), which is Welch's interval when nothing is hidden. An arm with fewer than two seen values leaves its
@@ -209,13 +213,13 @@ def censored_difference(first: CensoredSample, second: CensoredSample) -> Interv
     so the other side is given only if Fisher's exact test shows that the arms differ; else NOTHING.
     """
     told = [arm for arm in (first, second) if arm.dof >= 1]
-    if not told or (len(told) == 1 and not _arrival_differs(first, second)):
+    if not told or (len(told) == 1 and not _arrival_differs(first, second, level)):
         return NOTHING
     if len(told) == 2:
         spreads = [max(arm.most_likely()[1], arm.floor) ** 2 / arm.dof for arm in (first, second)]
-        t = float(stats.t.ppf(_TAIL, satterthwaite((spreads[0], spreads[1]), (first.dof, second.dof))))
+        t = _quantile(level, satterthwaite((spreads[0], spreads[1]), (first.dof, second.dof)))
     else:
-        t = float(stats.t.ppf(_TAIL, told[0].dof))
-    a, a_low, a_high = first.limits(t) if first.dof >= 1 else first.open_limits(second)
-    b, b_low, b_high = second.limits(t) if second.dof >= 1 else second.open_limits(first)
+        t = _quantile(level, told[0].dof)
+    a, a_low, a_high = first.limits(t) if first.dof >= 1 else first.open_limits(second, level)
+    b, b_low, b_high = second.limits(t) if second.dof >= 1 else second.open_limits(first, level)
     return Interval(a - b, a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low))

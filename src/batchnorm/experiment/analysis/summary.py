@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from ..design.factors import Factors
 from ..design.plan import BASE_SEED, StudyPlan
 from ..design.prepare import Prepared
 from ..output.provenance import versions
+from ..training.networks import DROPOUT, WHERE
 from .claims import Claim
 from .costs import update_seconds
 from .factor_results import results
@@ -19,12 +20,16 @@ from .factor_results import results
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the runs came to: all rows as a table, each arm's settings, the target, and the claims by name."""
+    """What the runs came to: all rows as a table, each arm's settings, the target, and the claims by name.
+
+    `comparisons` has, by the name of the claim, all arms against the first where there are more than two.
+    """
 
     runs: pd.DataFrame
     settings: dict[str, dict[str, float]]
     target: float | None
     claims: dict[str, Claim]
+    comparisons: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def summarize(study: Prepared, outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
@@ -42,9 +47,11 @@ def summarize(study: Prepared, outcome: Outcome, command: str, seconds: float) -
         "model": study.model,
         **_design(study.plan, outcome),
         "layers": study.layers,
+        "networks": study.trees,
         "runs": len(outcome.runs),
         "seconds": round(seconds, 1),
         "claims": {name: claim.to_json() for name, claim in outcome.claims.items()},
+        "comparisons": outcome.comparisons,
     }
     if study.factors.levels:
         summary["factors"] = results(
@@ -75,11 +82,23 @@ def _design(plan: StudyPlan, outcome: Outcome) -> dict[str, Any]:
 
 
 def command_line(
-    plan: StudyPlan, factors: Factors, *, data: str, model: str, out: str, quick: bool, own_lrs: bool, own_size: bool
+    plan: StudyPlan,
+    factors: Factors,
+    *,
+    data: str,
+    model: str,
+    out: str,
+    quick: bool,
+    own_lrs: bool,
+    own_size: bool,
+    where: str,
+    dropout: str,
 ) -> str:
     """Return a command line that makes this study again, whichever way it was called."""
     words = ["batchnorm", "study", "--data", data, "--model", model, "--arms", ",".join(plan.arms), "--out", out]
     words += ["--quick"] if quick else []
+    words += ["--where", where] if where != WHERE[0] else []
+    words += ["--dropout", dropout] if dropout != DROPOUT[0] else []
     words += ["--lrs", ",".join(f"{lr:g}" for lr in plan.lrs)] if own_lrs else []
     words += ["--seeds", str(len(plan.measure_seeds)), "--steps", str(plan.steps)]
     sizes = [level.name.partition(" ")[0] for level in factors.batch_sizes] or [str(plan.batch_size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,7 @@ from ..data.dataset import Dataset
 from ..design.plan import StudyPlan
 from ..design.selection import choose_fastest, choose_rates, choose_settings
 from ..output.study_folder import COLUMNS, Record, Row
+from .wording import percent
 
 
 def evaluate_rows(
@@ -31,17 +33,40 @@ def target_accuracy(plan: StudyPlan, rows: list[Row], best_lr: float, data: Data
     """Return the validation accuracy that the first arm attains, None when it learns nothing at any rate.
 
     The lower 95 % limit, for so many samples, of the median over the choosing seeds at the arm's best rate (the
-    measuring seeds have no part in it). On the plateau above, which run is first is a lottery.
+    measuring seeds have no part in it). On the plateau above, which run is first is a lottery. A limit that is not
+    above chance is no target: an untrained network may reach it.
     """
-    attained = statistics.median(
+    limit = lower_limit(_attained(rows, plan.arms[0], best_lr), len(data.y["validation"]))
+    return limit if limit > data.chance("validation") else None
+
+
+def unlearnt(plan: StudyPlan, rows: list[Row], rates: Mapping[str, float], data: Dataset) -> dict[str, str]:
+    """Return the arms that learn nothing above chance at their best rate, by the interval of `target_accuracy`.
+
+    Returns:
+        For each such arm a clause that says so.
+    """
+    chance, samples = data.chance("validation"), len(data.y["validation"])
+    attained = {arm: _attained(rows, arm, rates[arm]) for arm in plan.arms}
+    return {
+        arm: f"{arm} learns nothing above chance: {percent(value)} on {samples} samples, chance is {percent(chance)}"
+        for arm, value in attained.items()
+        if lower_limit(value, samples) <= chance
+    }
+
+
+def _attained(rows: list[Row], arm: str, lr: float) -> float:
+    """Return the median validation accuracy of an arm's choosing seeds at a rate, without regularizers."""
+    return statistics.median(
         row["val_accuracy"]
         for row in rows
-        if (row["arm"], row["purpose"], row["lr"]) == (plan.arms[0], "choose", best_lr)
-        and row["weight_decay"] == row["dropout"] == 0
+        if (row["arm"], row["purpose"], row["lr"]) == (arm, "choose", lr) and row["weight_decay"] == row["dropout"] == 0
     )
-    if attained <= data.chance("validation"):
-        return None
-    return attained - 1.96 * (attained * (1 - attained) / len(data.y["validation"])) ** 0.5
+
+
+def lower_limit(accuracy: float, samples: int) -> float:
+    """Return the lower 95 % limit of an accuracy on so many samples, by the normal law."""
+    return accuracy - 1.96 * (accuracy * (1 - accuracy) / samples) ** 0.5
 
 
 def with_steps(target: float | None, rows: list[Row], record: Record) -> list[Row]:

@@ -3,6 +3,7 @@
 import math
 
 from .intervals import Interval
+from .metric import ACCURACY, Metric
 
 
 def percent(fraction: float) -> str:
@@ -90,25 +91,36 @@ def learning_rate(interval: Interval, baseline: float, compared: float, cut: int
     return words + (f"; the grid's end cuts the range short for {cut} of {seeds} seeds" if cut else "")
 
 
-def spread(interval: Interval, baseline: float, compared: float, factor: str) -> str:
+def spread(interval: Interval, baseline: float, compared: float, factor: str, metric: Metric = ACCURACY) -> str:
     return _difference(
         interval,
-        f"accuracy varies {{}} more over the {factor} grid",
-        f"accuracy varies {{}} less over the {factor} grid",
-        f"no difference shown in how far accuracy varies over the {factor} grid",
-        " points",
+        f"{metric.name} varies {{}} more over the {factor} grid",
+        f"{metric.name} varies {{}} less over the {factor} grid",
+        f"no difference shown in how far {metric.name} varies over the {factor} grid",
+        metric.after,
         _against(compared, baseline),
     )
 
 
-def generalization(interval: Interval, baseline: float, compared: float) -> str:
+def generalization(
+    interval: Interval, baseline: float, compared: float, metric: Metric = ACCURACY, part: str = "test"
+) -> str:
+    """Return the words of a difference in the metric.
+
+    Args:
+        baseline, compared: mean scores.
+        part: where the metric was taken.
+    """
+    what = f"{part} {metric.name}"
+    if not metric.larger_is_better:  # the text speaks of the metric itself, of which less is better
+        interval = Interval(-interval.estimate, -interval.high, -interval.low)
     return _difference(
         interval,
-        "test accuracy {} higher",
-        "test accuracy {} lower",
-        "no difference shown in test accuracy",
-        " points",
-        f"({percent(compared / 100)} against {percent(baseline / 100)})",
+        f"{what} {{}} higher",
+        f"{what} {{}} lower",
+        f"no difference shown in {what}",
+        metric.after,
+        f"({metric.words(compared)} against {metric.words(baseline)})",
     )
 
 

@@ -14,6 +14,8 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.95
+# The levels of the other settings at which learning rates are compared.
+BASE: Mapping[str, Any] = {"weight_decay": 0, "dropout": 0}
 # A setting that is worse than the best by more than this is left out: its noise is of another kind.
 _CONTEST = 0.05  # share of accuracy
 _CONTEST_OCTAVES = 1.0  # of steps to the target
@@ -99,17 +101,17 @@ def _scores(runs: pd.DataFrame, arm: str, keys: list[str], column: str = "val_ac
     return {setting: group[column].tolist() for setting, group in rows.groupby(keys, sort=True)}
 
 
-def choose_rates(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
-    """Return the learning rate of each arm, from the `choose` rows without weight decay and dropout.
+def choose_rates(runs: pd.DataFrame, arms: Sequence[str], base: Mapping[str, Any] = BASE) -> dict[str, float]:
+    """Return the learning rate of each arm, from the `choose` rows at the base of all other settings.
 
     `runs` has the columns of runs.csv; `arms` in the order of the study, the first and the last compared.
     """
-    base = rows_at(runs, weight_decay=0, dropout=0)
-    chosen = choose_together({arm: _scores(base, arm, ["lr"]) for arm in arms})
+    rows = rows_at(runs, **base)
+    chosen = choose_together({arm: _scores(rows, arm, ["lr"]) for arm in arms})
     return {arm: float(setting[0]) for arm, setting in chosen.items()}
 
 
-def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
+def choose_fastest(runs: pd.DataFrame, arms: Sequence[str], base: Mapping[str, Any] = BASE) -> dict[str, float]:
     """Return the learning rate at which each arm is soonest at the target, from the same rows' `steps_to_target`.
 
     Scored in octaves of steps. A run that never arrives counts as arriving after twice the budget: which rate is
@@ -117,20 +119,22 @@ def choose_fastest(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, float]:
     where one run in six is lost, one of two arms often loses one of its two choosing runs there and the other arm
     none, and the price of that run alone would send two equal arms to different rates.
     """
-    base = rows_at(runs, weight_decay=0, dropout=0)
-    never = 2.0 * base["steps"]
-    late = base["diverged"].astype(bool) | base["steps_to_target"].isna()
-    steps = base["steps_to_target"].where(~late, never).clip(lower=1)
-    octaves = base.assign(octaves=-np.log2(steps.astype(float)))
+    rows = rows_at(runs, **base)
+    never = 2.0 * rows["steps"]
+    late = rows["diverged"].astype(bool) | rows["steps_to_target"].isna()
+    steps = rows["steps_to_target"].where(~late, never).clip(lower=1)
+    octaves = rows.assign(octaves=-np.log2(steps.astype(float)))
     everyone, arrived = (
-        {arm: _scores(rows, arm, ["lr"], "octaves") for arm in arms} for rows in (octaves, octaves[~late])
+        {arm: _scores(some, arm, ["lr"], "octaves") for arm in arms} for some in (octaves, octaves[~late])
     )
     chosen = choose_together(everyone, contest=_CONTEST_OCTAVES, also=arrived)
     return {arm: float(setting[0]) for arm, setting in chosen.items()}
 
 
-def choose_settings(runs: pd.DataFrame, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the chosen setting of each arm among all that were tried: {"lr", "weight_decay", "dropout"}."""
-    keys = ["lr", "weight_decay", "dropout"]
+def choose_settings(
+    runs: pd.DataFrame, arms: Sequence[str], base: Mapping[str, Any] = BASE
+) -> dict[str, dict[str, Any]]:
+    """Return the chosen setting of each arm among all that were tried: "lr" and the names in `base`."""
+    keys = ["lr", *base]
     chosen = choose_together({arm: _scores(runs, arm, keys) for arm in arms})
     return {arm: dict(zip(keys, setting, strict=True)) for arm, setting in chosen.items()}

@@ -48,7 +48,7 @@ QUESTIONS = {
         "drift of activations", -1,
     ),
 }  # fmt: skip
-SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "="}
+SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "=", "not measurable": "○"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,12 @@ def measured(claim: Claim) -> bool:
 
 def _card(name: str, claim: Claim) -> Card:
     question = QUESTIONS.get(name) or Question(name, "", "", name, +1)
-    verdict = str(claim.get("verdict", "no difference"))
+    verdict = str(claim.get("verdict")) if measured(claim) else "not measurable"
     kind, symbol = verdict.replace(" ", "-"), SYMBOLS.get(verdict, "=")
-    if not measured(claim):
-        verdict, kind, symbol = "not measurable", "unmeasured", "○"
+    text = str(claim.get("reason") or claim.get("text") or "no figure was given")
     return Card(
-        name, question.asks, verdict, symbol, kind, str(claim.get("text") or "no figure was given"),
-        _footnote(claim), interval_plot(claim, question.sign) if measured(claim) else None,
+        name, question.asks, verdict, symbol, kind, text, _footnote(claim),
+        interval_plot(claim, question.sign) if measured(claim) else None,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..analysis.intervals import student_half_width
-from ..design.selection import rows_at
+from ..analysis.metric import Metric
+from ..design.selection import BASE, rows_at
 
 Trace = Mapping[str, Any]
 AFFINE_LEVELS = (5, 25, 50, 75, 95)
@@ -115,11 +116,29 @@ class StudyEvidence:
                 self._read[run_id] = {}
         return self._read[run_id]
 
-    def measured(self, arm: str, **setting: float | None) -> pd.DataFrame:
-        """Return the measuring runs of one arm, at the study's own batch size and optimizer where it has several."""
+    @cached_property
+    def metric(self) -> Metric:
+        """Return what the runs are judged by; a summary without the entry speaks of accuracy."""
+        told = self.summary.get("metric") or {}
+        return Metric(**{key: value for key, value in told.items() if key in ("name", "larger_is_better", "fraction")})
+
+    @cached_property
+    def base_levels(self) -> dict[str, Any]:
+        """Return the level of every setting but the learning rate at which the others are looked at."""
+        return {**dict.fromkeys(BASE, 0.0), **(self.summary.get("base") or {})}
+
+    def measured(self, arm: str, **setting: Any) -> pd.DataFrame:
+        """Return the measuring runs of one arm, at the study's own batch size and optimizer where it has several.
+
+        A column that the runs do not tell fixes nothing; settings that no claim is about are at their base.
+        """
+        extra = {name: level for name, level in self.base_levels.items() if name not in BASE}
+        fixed = {**extra, **setting}
+        untold = [name for name in fixed if name not in self.runs or self.runs[name].isna().all()]
+        setting = {name: value for name, value in fixed.items() if name not in untold}
         return self.measured_at((self.summary.get("factors") or {}).get("own"), arm, **setting)
 
-    def measured_at(self, level: Mapping[str, Any] | None, arm: str, **setting: float | None) -> pd.DataFrame:
+    def measured_at(self, level: Mapping[str, Any] | None, arm: str, **setting: Any) -> pd.DataFrame:
         """Return the measuring runs of one arm at the batch size and optimizer in `level`.
 
         A setting of None matches nothing.
@@ -136,11 +155,11 @@ class StudyEvidence:
 
     def base(self, arm: str) -> pd.DataFrame:
         """Return the arm's measuring runs at its own fastest rate, without weight decay or dropout."""
-        return self.measured(arm, lr=self.fastest_rate(arm), weight_decay=0.0, dropout=0.0)
+        return self.measured(arm, lr=self.fastest_rate(arm), **self.base_levels)
 
     def chosen(self, arm: str) -> pd.DataFrame:
-        names = ("lr", "weight_decay", "dropout")
-        return self.measured(arm, **{name: self.setting(arm, name) for name in names})
+        own = self.summary.get("settings", {}).get(arm) or {}
+        return self.measured(arm, **{name: own.get(name) for name in ("lr", *self.base_levels)})
 
     def curve(self, arm: str) -> Curve | None:
         return self.curve_of(arm, self.base(arm))
@@ -160,7 +179,7 @@ class StudyEvidence:
 
     def cells(self, arm: str, swept: str) -> list[GridCell]:
         """Return the arm's runs over the grid of `swept` ("lr", "weight_decay" or "dropout"), other settings fixed."""
-        held: dict[str, float | None] = {"weight_decay": 0.0, "dropout": 0.0}
+        held = dict(self.base_levels)
         if swept != "lr":
             held["lr"] = self.setting(arm, "best_lr")
         held.pop(swept, None)

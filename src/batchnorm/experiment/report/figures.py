@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.metric import Metric
 from .evidence import Curve, GridCell, StudyEvidence
-from .style import arm_color, arm_dash, arm_mark, faded, label, number, percent, ticks
+from .style import arm_color, arm_dash, arm_mark, faded, label, number, ticks, value_format, value_words
 
 Plotly = dict[str, Any]
 
@@ -56,6 +57,10 @@ def layout(x: Plotly, y: Plotly, **more: Any) -> Plotly:
     return {**plain, **more}
 
 
+def value_axis(evidence: StudyEvidence, **more: Any) -> Plotly:
+    return axis(f"validation {label(evidence.metric.name)}", tickformat=value_format(evidence.metric), **more)
+
+
 def step_axis(steps: Sequence[int]) -> Plotly:
     last = np.log10(max(steps)) if steps else 1.0
     return axis("training step (log scale)", type="log", dtick=1, range=[-0.03, last + 0.03], tickformat=",d")
@@ -66,26 +71,29 @@ def accuracy(evidence: StudyEvidence) -> Figure | None:
     curves = [curve for arm in evidence.arms if (curve := evidence.curve(arm))]
     if not curves:
         return None
-    data = [trace for curve in curves for trace in curve_traces(evidence.arms, curve)]
+    hover = ".1%" if evidence.metric.fraction else ".3~g"
+    data = [trace for curve in curves for trace in curve_traces(evidence.arms, curve, hover=hover)]
     x = step_axis([step for curve in curves for step in curve.steps])
-    drawn = layout(x, axis("validation accuracy", tickformat=".0%"), showlegend=True, hovermode="x unified")
+    drawn = layout(x, value_axis(evidence), showlegend=True, hovermode="x unified")
     if evidence.target is not None:
         drawn["shapes"] = [rule(evidence.target)]
-        text = f"target {percent(evidence.target)}"
+        text = f"target {value_words(evidence.metric, evidence.target)}"
         drawn["annotations"] = [note(text, xref="paper", x=0.005, xanchor="left", y=evidence.target, yanchor="bottom")]
         data += [mark for curve in curves for mark in _crossing(evidence, curve, evidence.target)]
-    alt = "Validation accuracy against training steps. " + " ".join(_curve_words(evidence, c) for c in curves)
+    alt = f"Validation {evidence.metric.name} against training steps. " + " ".join(
+        _curve_words(evidence, c) for c in curves
+    )
     return Figure("accuracy", data, drawn, 420, alt)
 
 
-def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0) -> list[Plotly]:
-    """Return the band and the line of one curve; a step is `unit` long on the horizontal axis."""
+def curve_traces(names: Sequence[str], curve: Curve, unit: float = 1.0, hover: str = ".1%") -> list[Plotly]:
+    """Return the band and the line of one curve; a step is `unit` long, `hover` is the format of values."""
     color, name = arm_color(names, curve.arm), label(curve.arm)
     x = [step * unit for step in curve.steps]
     line = {
         "type": "scatter", "mode": "lines", "x": x, "y": curve.median, "name": name, "legendgroup": name,
         "line": {"color": color, "width": 2.6, "dash": arm_dash(names, curve.arm)},
-        "hovertemplate": "%{y:.1%}<extra>" + name + "</extra>",
+        "hovertemplate": "%{y:" + hover + "}<extra>" + name + "</extra>",
     }  # fmt: skip
     return [band(x, curve.low, curve.high, color, showlegend=False, legendgroup=name), line]
 
@@ -123,7 +131,7 @@ def _curve_words(evidence: StudyEvidence, curve: Curve) -> str:
         reached = f"; {len(curve.to_target)} of {curve.seeds} runs reach the target"
         if curve.to_target:
             reached += f", those at {number(np.median(curve.to_target))} steps in the middle"
-    return f"{curve.arm} ends at {percent(curve.median[-1])}{reached}."
+    return f"{curve.arm} ends at {value_words(evidence.metric, curve.median[-1])}{reached}."
 
 
 def rule(y: float) -> Plotly:
@@ -151,14 +159,14 @@ def rates(evidence: StudyEvidence) -> Figure | None:
     edges, notes = [0.0], []
     for arm, cells in table.items():
         known = {cell.value: cell for cell in cells}
-        best = max((cell.mean or 0.0 for cell in cells), default=0.0)
+        best = best_mean(evidence.metric, cells)
         empty: list[Any] = [None] * len(grid)
         rows += [empty, [known[v].mean if v in known else None for v in grid]]
         texts += [
             [""] * len(grid),
-            [_heat_text(known.get(v), best, evidence.setting(arm, "best_lr")) for v in grid],
+            [_heat_text(evidence.metric, known.get(v), best, evidence.setting(arm, "best_lr")) for v in grid],
         ]
-        hovers += [[""] * len(grid), [_heat_words(arm, known.get(v), v) for v in grid]]
+        hovers += [[""] * len(grid), [_heat_words(evidence.metric, arm, known.get(v), v) for v in grid]]
         notes.append(note(
             label(arm), xref="paper", x=0, xanchor="left", y=edges[-1] - 0.24, yanchor="middle",
             font={"size": 13, "color": "--ink"},
@@ -167,49 +175,62 @@ def rates(evidence: StudyEvidence) -> Figure | None:
     heat = {
         "type": "heatmap", "z": rows, "x": list(range(len(grid))), "y": edges, "text": texts, "customdata": hovers,
         "texttemplate": "%{text}", "textfont": {"size": 12}, "hovertemplate": "%{customdata}<extra></extra>",
-        "colorscale": "Cividis", "zmin": 0, "zmax": 1, "xgap": 2, "hoverongaps": False,
+        "colorscale": "Cividis", "reversescale": not evidence.metric.larger_is_better, "xgap": 2, "hoverongaps": False,
         "colorbar": {
             "orientation": "h", "thickness": 10, "len": 0.5, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
-            "tickformat": ".0%", "outlinewidth": 0, "nticks": 3, "tickfont": {"size": 11, "color": "--soft"},
-            "title": {"text": "accuracy", "side": "top", "font": {"size": 11, "color": "--soft"}},
+            "tickformat": value_format(evidence.metric), "outlinewidth": 0, "nticks": 3,
+            "tickfont": {"size": 11, "color": "--soft"},
+            "title": {"text": label(evidence.metric.name), "side": "top", "font": {"size": 11, "color": "--soft"}},
         },
     }  # fmt: skip
+    heat |= {"zmin": 0, "zmax": 1} if evidence.metric.fraction else {}
     x = axis("learning rate", tickvals=list(range(len(grid))), ticktext=ticks(grid), showgrid=False, showline=False)
     y = axis("", showticklabels=False, showgrid=False, showline=False, ticks="", range=[edges[-1], 0])
     drawn = layout(x, y, annotations=notes, margin={"l": 6, "r": 6, "t": 64, "b": 44})
-    return Figure("rates", [heat], drawn, 130 + 84 * len(table), _rates_alt(table))
+    return Figure("rates", [heat], drawn, 130 + 84 * len(table), _rates_alt(evidence.metric, table))
 
 
-def _heat_text(cell: GridCell | None, best: float, best_rate: float | None) -> str:
+def best_mean(metric: Metric, cells: Sequence[GridCell]) -> float:
+    means = [cell.mean for cell in cells if cell.mean is not None]
+    return max(means, key=lambda mean: metric.sign * mean, default=0.0)
+
+
+def _is_near(metric: Metric, mean: float, best: float) -> bool:
+    """Return whether a mean counts as good as the best: within two points of a fraction."""
+    return metric.sign * (mean - best) >= (-0.02 if metric.fraction else 0.0)
+
+
+def _heat_text(metric: Metric, cell: GridCell | None, best: float, best_rate: float | None) -> str:
     if cell is None or cell.mean is None:
         return ""
     if cell.diverged and all(cell.diverged):
         return "✕"
-    shown = f"{100 * cell.mean:.0f}"
-    if cell.mean >= best - 0.02:
+    shown = f"{100 * cell.mean:.0f}" if metric.fraction else number(cell.mean, 2)
+    if _is_near(metric, cell.mean, best):
         shown = f"<b>{shown}</b>"
     if best_rate is not None and np.isclose(cell.value, best_rate):
         shown = f"★<br>{shown}"
     return f"{shown}<br>✕{sum(cell.diverged)}" if any(cell.diverged) else shown
 
 
-def _heat_words(arm: str, cell: GridCell | None, value: float) -> str:
+def _heat_words(metric: Metric, arm: str, cell: GridCell | None, value: float) -> str:
     if cell is None or cell.mean is None:
         return f"{label(arm)}, rate {number(value)}: not run"
     fate = f"{sum(cell.diverged)} of {len(cell.diverged)} runs diverged"
-    return f"{label(arm)}, rate {number(value)}<br>mean accuracy {percent(cell.mean)}<br>{fate}"
+    mean = f"mean {label(metric.name)} {value_words(metric, cell.mean)}"
+    return f"{label(arm)}, rate {number(value)}<br>{mean}<br>{fate}"
 
 
-def _rates_alt(table: dict[str, list[GridCell]]) -> str:
-    words = ["Mean best validation accuracy for each arm and learning rate."]
+def _rates_alt(metric: Metric, table: dict[str, list[GridCell]]) -> str:
+    words = [f"Mean best validation {metric.name} for each arm and learning rate."]
     for arm, cells in table.items():
         scored = [cell for cell in cells if cell.mean is not None]
         if scored:
-            best = max(scored, key=lambda cell: cell.mean or 0.0)
-            near = [c.value for c in scored if (c.mean or 0.0) >= (best.mean or 0.0) - 0.02]
+            best = max(scored, key=lambda cell: metric.sign * (cell.mean or 0.0))
+            near = [c.value for c in scored if _is_near(metric, c.mean or 0.0, best.mean or 0.0)]
             words.append(
-                f"{arm}: best {percent(best.mean)} at rate {number(best.value)}, within two points from "
-                f"{number(min(near))} to {number(max(near))}."
+                f"{arm}: best {value_words(metric, best.mean)} at rate {number(best.value)}, "
+                f"as good from {number(min(near))} to {number(max(near))}."
             )
     return " ".join(words)
 
@@ -229,11 +250,12 @@ def sweep(evidence: StudyEvidence, swept: str, title: str) -> Figure | None:
     for offset, (arm, cells) in zip(offsets, table.items(), strict=True):
         data += _sweep_traces(evidence, arm, cells, grid, float(offset))
     seen = [a for cells in table.values() for cell in cells for a in cell.accuracies]
-    pad = max(0.02, 0.12 * (max(seen) - min(seen)))
+    pad = max(0.02 if evidence.metric.fraction else 0.0, 0.12 * (max(seen) - min(seen)))
     x = axis(title, tickvals=list(range(len(grid))), ticktext=ticks(grid), range=[-0.5, len(grid) - 0.5])
-    y = axis("validation accuracy", tickformat=".0%", range=[max(0.0, min(seen) - pad), min(1.0, max(seen) + pad)])
-    alt = f"Validation accuracy over the grid of {title}. " + " ".join(
-        f"{arm}: " + ", ".join(f"{percent(c.mean)} at {number(c.value)}" for c in cells) + "."
+    ends = [min(seen) - pad, max(seen) + pad]
+    y = value_axis(evidence, range=[max(0.0, ends[0]), min(1.0, ends[1])] if evidence.metric.fraction else ends)
+    alt = f"Validation {evidence.metric.name} over the grid of {title}. " + " ".join(
+        f"{arm}: " + ", ".join(f"{value_words(evidence.metric, c.mean)} at {number(c.value)}" for c in cells) + "."
         for arm, cells in table.items()
     )
     return Figure(swept, data, layout(x, y, showlegend=True), 310 + 14 * len(table), alt, title.capitalize())

@@ -96,6 +96,7 @@ def _tables(evidence: StudyEvidence) -> dict[str, list[tables.Table]]:
         "fans": [tables.fans(evidence)],
         "affine": [tables.affine(evidence)],
         "layers": tables.layers(evidence),
+        "comparisons": tables.comparisons(evidence),
         "settings": [tables.settings(evidence)],
     }
     return {name: [table for table in group if table] for name, group in found.items()}
@@ -116,6 +117,9 @@ def _words(evidence: StudyEvidence) -> dict[str, Any]:
         "seeds": {name: len(values) for name, values in seeds.items()},
         "claims": len(summary.get("claims") or {}),
         "target": evidence.target,
+        "networks": {str(arm): str(tree) for arm, tree in (summary.get("networks") or {}).items()},
+        "metric": evidence.metric.name,
+        "recorded": summary.get("kind") == "analysis",
     }
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..analysis.metric import Metric
 from ..training.arms import ARMS
 from .evidence import finite
 
@@ -82,6 +83,16 @@ def number(value: Any, digits: int = 3) -> str:
 def percent(value: Any, places: int = 1) -> str:
     known = finite(value)
     return "—" if known is None else f"{100 * known:.{places}f} %"
+
+
+def value_words(metric: Metric, value: Any) -> str:
+    """Return a value of the metric: a fraction in percent, any other to three digits."""
+    return percent(value) if metric.fraction else number(value)
+
+
+def value_format(metric: Metric) -> str:
+    """Return plotly's format of the metric's values on an axis."""
+    return ".0%" if metric.fraction else ".3~g"
 
 
 def ticks(values: Sequence[float]) -> list[str]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.metric import Metric
+from .cards import SYMBOLS
 from .evidence import AFFINE_LEVELS, GridCell, StudyEvidence, finite
-from .style import number, percent
+from .style import number, value_words
 
 VERSIONED = ("batchnorm", "torch", "python")
 FEW_VALUES = 26  # values in one mean; with fewer, the noise of batch statistics starts to do harm
@@ -31,10 +33,10 @@ def accuracy(evidence: StudyEvidence) -> Table | None:
         if curve := evidence.curve(arm):
             reached = f"{len(curve.to_target)} of {curve.seeds}"
             middle = number(np.median(curve.to_target)) if curve.to_target else "—"
-            ends = [percent(v) for v in (curve.median[-1], curve.low[-1], curve.high[-1])]
+            ends = [value_words(evidence.metric, v) for v in (curve.median[-1], curve.low[-1], curve.high[-1])]
             rows.append([arm, number(evidence.fastest_rate(arm)), reached, middle, *ends])
     head = ["Arm", "Learning rate", "Reached target", "Median steps to it"]
-    head += ["Last accuracy", "Lowest seed", "Highest seed"]
+    head += [f"Last {evidence.metric.name}", "Lowest seed", "Highest seed"]
     caption = "Each arm at its own fastest rate; steps are of the runs that reached the target."
     return Table(caption, head, rows) if rows else None
 
@@ -43,16 +45,17 @@ def grid(evidence: StudyEvidence, swept: str, title: str) -> Table | None:
     """Return the mean accuracy and the number of diverged runs: one row a value of the grid, one column an arm."""
     table = {arm: {cell.value: cell for cell in evidence.cells(arm, swept)} for arm in evidence.arms}
     values = sorted({value for cells in table.values() for value in cells})
-    rows = [[number(value), *(_grid_words(table[arm].get(value)) for arm in evidence.arms)] for value in values]
-    caption = "Mean best validation accuracy over the measuring seeds."
+    metric = evidence.metric
+    rows = [[number(value), *(_grid_words(metric, table[arm].get(value)) for arm in evidence.arms)] for value in values]
+    caption = f"Mean best validation {metric.name} over the measuring seeds."
     return Table(caption, [title, *evidence.arms], rows) if rows else None
 
 
-def _grid_words(cell: GridCell | None) -> str:
+def _grid_words(metric: Metric, cell: GridCell | None) -> str:
     if cell is None or cell.mean is None:
         return "—"
     lost = f" ({sum(cell.diverged)} of {len(cell.diverged)} diverged)" if any(cell.diverged) else ""
-    return percent(cell.mean) + lost
+    return value_words(metric, cell.mean) + lost
 
 
 def fans(evidence: StudyEvidence) -> Table | None:
@@ -105,7 +108,10 @@ def settings(evidence: StudyEvidence) -> Table:
         values = [
             number(evidence.setting(arm, key)) for key in ("fastest_lr", "best_lr", "lr", "weight_decay", "dropout")
         ]
-        scores = [_mean_and_spread(chosen[key]) if len(chosen) else "—" for key in ("val_accuracy", "test_accuracy")]
+        scores = [
+            _mean_and_spread(evidence.metric, chosen[key]) if len(chosen) else "—"
+            for key in ("val_accuracy", "test_accuracy")
+        ]
         rows.append([arm, *values, *scores, str(len(runs)), str(evidence.diverged(arm))])
     head = ["Arm", "Fastest rate", "Best rate", "Rate", "Weight decay", "Dropout"]
     head += ["Validation", "Test", "Runs", "Diverged"]
@@ -117,12 +123,30 @@ def settings(evidence: StudyEvidence) -> Table:
     return Table(caption, head, rows)
 
 
-def _mean_and_spread(values: Any) -> str:
+def _mean_and_spread(metric: Metric, values: Any) -> str:
     known = [value for value in map(finite, values) if value is not None]
     if not known:
         return "—"
+    if not metric.fraction:
+        return number(np.mean(known)) + (f" ± {number(np.std(known, ddof=1), 2)}" if len(known) > 1 else "")
     spread = f" ± {100 * np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
     return f"{100 * np.mean(known):.1f}{spread} %"
+
+
+def comparisons(evidence: StudyEvidence) -> list[Table]:
+    """Return, for each claim, all arms against the first, from the best to the worst; none for two arms."""
+    found = evidence.summary.get("comparisons") or {}
+    return [
+        Table(name.replace("_", " "), ["Arm", "Verdict", "In words"], [_compared(e) for e in entries], lead=3)
+        for name, entries in found.items()
+    ]
+
+
+def _compared(entry: dict[str, Any]) -> list[str]:
+    verdict = str(entry.get("verdict"))
+    level = f"{number(100 * entry.get('level', 0.95), 4)} % interval"
+    text = str(entry.get("text", "")).replace("95 % interval", level)
+    return [str(entry.get("arm")), f"{SYMBOLS.get(verdict, '')} {verdict}", text]
 
 
 def provenance(evidence: StudyEvidence) -> list[tuple[str, str]]:

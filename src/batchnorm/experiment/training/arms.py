@@ -10,17 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import UserError
+from ...layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ...moments import Renorm
 
 
 @dataclass(frozen=True)
 class NormPlace:
-    """A place after a hidden layer, where `insert` has put the batch normalization `norm`.
+    """A place of a normalization, with a batch normalization for it: the network's own, or one that `insert` has put.
 
-    `spatial_dims` is that of the layer: 0 for a Linear. `batch_size` and `model` are the study's.
+    What another arm puts there has the eps and, if it has them, the momentum and γ, β of `norm`. `spatial_dims` is 0
+    after a Linear. `batch_size` and `model` are the study's.
     """
 
     norm: Any
@@ -35,8 +38,13 @@ class NormPlace:
 
     def batch_norm(self, **keywords: Any) -> nn.Module:
         """Return a batch normalization of the same width with these keywords."""
-        layer: nn.Module = type(self.norm)(self.features, **keywords)
-        return layer
+        own = {"eps": self.norm.eps, "momentum": self.norm.momentum, "affine": self.norm.affine}
+        kind = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)[self.spatial_dims]
+        return kind(self.features, **{**own, **keywords})
+
+    def by_sample(self, groups: int) -> nn.Module:
+        """Return a normalization over groups of channels and all positions of a sample."""
+        return nn.GroupNorm(groups, self.features, eps=self.norm.eps, affine=self.norm.affine)
 
 
 def group_width(features: int) -> int:
@@ -47,11 +55,11 @@ def group_width(features: int) -> int:
 
 def _layer(place: NormPlace) -> nn.Module:
     # One group: over all channels and positions of one sample, which is layer normalization.
-    return nn.GroupNorm(1, place.features)
+    return place.by_sample(1)
 
 
 def _group(place: NormPlace) -> nn.Module:
-    return nn.GroupNorm(place.features // group_width(place.features), place.features)
+    return place.by_sample(place.features // group_width(place.features))
 
 
 def _instance(place: NormPlace) -> nn.Module:
@@ -62,18 +70,71 @@ def _instance(place: NormPlace) -> nn.Module:
             "convolutions"
         )
     kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    return kinds[place.spatial_dims - 1](place.features, affine=True)
+    return kinds[place.spatial_dims - 1](place.features, eps=place.norm.eps, affine=place.norm.affine)
+
+
+class RmsOfSample(nn.Module):
+    """Divide by the root of the mean square over all channels and positions of a sample, then scale by channel.
+
+        y = x / √(mean(x²) + eps) · weight
+
+    Shape: (N, C, *), as the input. Source: Zhang & Sennrich, arXiv 1910.07467.
+    """
+
+    def __init__(self, features: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, affine={self.weight is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.square().mean(tuple(range(1, x.dim())), keepdim=True) + self.eps)
+        return y if self.weight is None else y * _by_channel(self.weight, x)
+
+
+class DynamicTanh(nn.Module):
+    """Squash by a tanh of learned slope instead of normalizing: y = tanh(alpha · x) · weight + bias.
+
+    Shape: (N, C, *), as the input. Source: Zhu et al., arXiv 2503.10622; alpha starts at 0.5.
+    """
+
+    def __init__(self, features: int, affine: bool) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(features)) if affine else None
+
+    def extra_repr(self) -> str:
+        return f"affine={self.weight is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.alpha * x)
+        if self.weight is None or self.bias is None:
+            return y
+        return y * _by_channel(self.weight, x) + _by_channel(self.bias, x)
+
+
+def _by_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.view(-1, *(1,) * (x.dim() - 2))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: its words in the report, and what makes its layer; None for the network without normalization."""
+    """One arm: its words in the report, and what makes its layer; None for the network without normalization.
+
+    `written`: the network with the normalizations that its author put, and no other.
+    """
 
     words: str
     make: Callable[[NormPlace], nn.Module] | None
+    written: bool = False
 
 
 ARMS = {
+    "as_written": Arm("the network as written", None, written=True),
+    "without": Arm("the network without its normalizations", None),
     "none": Arm("no normalization", None),
     "batch": Arm("batch normalization", lambda place: place.norm),
     "batch_no_affine": Arm("batch normalization without γ and β", lambda place: place.batch_norm(affine=False)),
@@ -85,4 +146,8 @@ ARMS = {
     "layer": Arm("layer normalization", _layer),
     "group": Arm("group normalization", _group),
     "instance": Arm("instance normalization", _instance),
+    "rms": Arm(
+        "RMS normalization", lambda place: RmsOfSample(place.features, place.norm.eps, affine=place.norm.affine)
+    ),
+    "dyt": Arm("dynamic tanh", lambda place: DynamicTanh(place.features, affine=place.norm.affine)),
 }

@@ -14,21 +14,33 @@ from torch import nn
 
 from ...errors import UserError, quote_error
 from ...factories import find_factory
-from ...inspect.modules import spatial_dims
+from ...inspect.modules import is_norm, spatial_dims
 from ...model_tools.insert import Normalized, insert, strip
+from ...model_tools.replace import replace_all
 from .arms import ARMS, NormPlace
+from .places import OwnPlace, own_places
 
 BUILT_IN = ("mlp", "cnn")
+# Where the arms' layers stand: in the places of the network's own normalizations (after every hidden layer of a network
+# that has none), or after every hidden layer of the stripped network.
+WHERE = ("same", "every")
+# What the study's dropout does to a network that has its own: nothing, or it takes its place in every run.
+DROPOUT = ("keep", "replace")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What to build for every arm: the model's name, the samples' shape, the number of labels, the batch size."""
+    """What to build for every arm: the model's name, the samples' shape, the number of labels, the batch size.
+
+    `where` is a rule of `WHERE`; `dropout` of `DROPOUT`.
+    """
 
     model: str
     shape: tuple[int, ...]
     classes: int
     batch_size: int
+    where: str = "same"
+    dropout: str = "keep"
 
     def build(self, arm: str, seed: int) -> nn.Module:
         """Return the network of an arm, initialized from `seed`; equal weights in every arm of one seed.
@@ -48,7 +60,7 @@ class Architecture:
                 return model
         example = torch.zeros(2, *self.shape)
         _forward(model, example, f"{self.model} arm {arm}")
-        return make_arm(model, arm, example, self.batch_size, self.model)
+        return make_arm(model, arm, example, self.batch_size, self.model, self.where)
 
     def check(self, arm: str, seed: int, example: torch.Tensor) -> nn.Module:
         """Return the arm's network after making sure that it turns `example` into one score a label."""
@@ -145,16 +157,25 @@ def _call_factory(name: str, arm: str, seed: int) -> tuple[nn.Module, bool]:
     return model, "arm" in parameters
 
 
-def make_arm(model: nn.Module, arm: str, example: torch.Tensor, batch_size: int, name: str) -> nn.Module:
-    """Return the network with the arm's normalization after every hidden Conv/Linear layer, in place.
+def make_arm(
+    model: nn.Module, arm: str, example: torch.Tensor, batch_size: int, name: str, where: str = "same"
+) -> nn.Module:
+    """Return the network of an arm, made in place.
 
-    Every arm starts from the stripped network, so arms differ in the normalization alone; all but ``none``
-    get BN by `insert`, which is then replaced by the arm's own layer of the same width.
+    Every arm starts from the same network, so arms differ in the normalizations alone. ``as_written`` changes nothing.
     """
-    make = ARMS[arm].make
+    if ARMS[arm].written:
+        return model
     try:
+        own = own_places(model, example) if where == "same" else {}
+        if own:
+            return _in_same_places(model, own, arm, example, batch_size, name)
+        if arm == "without":
+            raise UserError(
+                f"no normalization to take out, {name} arm {arm}, name the arm as_written: it has none as it is"
+            )
         plain = strip(model, example)
-        if make is None:
+        if ARMS[arm].make is None:
             return plain
         normalized = insert(plain, example)
     except UserError:
@@ -162,14 +183,36 @@ def make_arm(model: nn.Module, arm: str, example: torch.Tensor, batch_size: int,
     except Exception as error:
         raise UserError(
             f"batch normalization cannot be put in or taken out ({quote_error(error)}), {name} arm {arm}, "
-            "write the factory as function(arm, seed) and build the arm in it"
+            "write the factory as build(arm, seed) and make the arm in it"
         ) from error
     places = dict.fromkeys(module for module in normalized.modules() if isinstance(module, Normalized))
     if not places:
         raise UserError(f"no hidden Conv or Linear layer to normalize, {name} arm {arm}, give a deeper network")
     for place in places:
-        place.batch_norm = make(NormPlace(place.batch_norm, spatial_dims(place.layer), batch_size, name))
+        place.batch_norm = _layer_of(arm, NormPlace(place.batch_norm, spatial_dims(place.layer), batch_size, name))
     return normalized
+
+
+def _in_same_places(
+    model: nn.Module, own: dict[nn.Module, OwnPlace], arm: str, example: torch.Tensor, batch_size: int, name: str
+) -> nn.Module:
+    """Return the network with the arm's layers where its own normalizations stand."""
+    if ARMS[arm].make is None:
+        # strip gives the layers before batch normalizations their bias back; nothing else has taken one.
+        others = {norm: nn.Identity() for norm in own if not is_norm(norm)}
+        return strip(replace_all(model, others).root, example)  # type: ignore[arg-type]  # dict is invariant
+    plan: dict[nn.Module, nn.Module] = {}
+    for norm, place in own.items():
+        layer = _layer_of(arm, NormPlace(place.batch_norm(), place.spatial_dims, batch_size, name))
+        if layer is not norm:
+            plan[norm] = place.fit(layer)
+    return replace_all(model, plan).root
+
+
+def _layer_of(arm: str, place: NormPlace) -> nn.Module:
+    make = ARMS[arm].make
+    assert make is not None
+    return make(place)
 
 
 def model_digest(model: str) -> str | None:

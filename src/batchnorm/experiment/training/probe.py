@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from ...inspect.from_run import graph_of_run
 from ...inspect.modules import is_layer, is_norm, names_of
 from ...inspect.untouched import modes_and_buffers_kept
+from .arms import DynamicTanh, RmsOfSample
 
 LEVELS = (15, 50, 85)  # the percentiles of the paper's Figure 1
 UNITS = 8
 PROBE_SAMPLES = 256
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm,
+    RmsOfSample, DynamicTanh,
+)  # fmt: skip
 _NO_ACTIVATION = {"MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax"}
 _ACTIVATIONS = tuple(
     getattr(nn, name) for name in nn.modules.activation.__all__ if name not in _NO_ACTIVATION and hasattr(nn, name)
@@ -163,7 +167,7 @@ def affine_parameters(model: nn.Module) -> list[dict[str, Any]]:
         return None if parameter is None else [float(f"{v:.5g}") for v in parameter.detach().flatten().tolist()]
 
     return [
-        {"layer": name, "weight": rounded(module.weight), "bias": rounded(module.bias)}
+        {"layer": name, "weight": rounded(module.weight), "bias": rounded(getattr(module, "bias", None))}
         for name, module in model.named_modules()
         if isinstance(module, _NORMS) and module.weight is not None
     ]
@@ -180,12 +184,16 @@ def layer_table(model: nn.Module, example: Tensor, batch_size: int) -> list[dict
         module = call.module
         if not isinstance(module, _NORMS):
             continue
-        features = int(getattr(module, "num_features", 0) or getattr(module, "num_channels", 0) or call.shape[-1])
+        features = int(getattr(module, "num_features", 0) or getattr(module, "num_channels", 0) or 0)
+        if not features:
+            features = call.shape[-1] if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else call.shape[1]
         positions = math.prod(call.shape) // (features * len(example))
         if isinstance(module, nn.GroupNorm):
             kind, m = f"GroupNorm({module.num_groups})", features // module.num_groups * positions
-        elif isinstance(module, nn.LayerNorm):
-            kind, m = "LayerNorm", math.prod(module.normalized_shape)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            kind, m = type(module).__name__, math.prod(module.normalized_shape)
+        elif isinstance(module, (RmsOfSample, DynamicTanh)):
+            kind, m = type(module).__name__, features * positions if isinstance(module, RmsOfSample) else 1
         else:
             kind = type(module).__name__
             samples = getattr(module, "ghost_batch_size", None) or batch_size

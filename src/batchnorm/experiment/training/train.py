@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
@@ -89,7 +90,8 @@ def train(run: Run, architecture: Architecture, data: Dataset) -> tuple[dict[str
     with one_thread_deterministic():
         held_out = {part: (torch.from_numpy(data.x[part]), torch.from_numpy(data.y[part])) for part in HELD_OUT}
         model = replace(architecture, batch_size=run.batch_size).build(run.arm, run.seed)
-        set_dropout(model, run.dropout, data.example)
+        if architecture.dropout == "replace" or run.dropout:
+            set_dropout(model, run.dropout, data.example)
         history = History(model, held_out, Probe(model, held_out["validation"][0]))
         torch.manual_seed(run.seed)
         diverged = not _learn(run, history, data.batches(run.batch_size, run.seed))
@@ -158,16 +160,21 @@ def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float | None:
     return right / len(y)
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether the network has Dropout modules of its own."""
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
+
+
 def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
     """Make the study's dropout factor `p` hold in any network.
 
     A network with Dropout modules has their `p` set. In any other the inputs of all Conv and Linear layers
     but the first called are dropped out, that is, every hidden activation on its way to the next layer.
     """
-    own = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    for dropout in own:
-        dropout.p = p
-    if own or p == 0:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = p
+    if has_dropout(model) or p == 0:
         return
 
     def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -181,7 +188,14 @@ def set_dropout(model: nn.Module, p: float, example: Tensor) -> None:
 
 @contextmanager
 def one_thread_deterministic() -> Iterator[None]:
-    """Run the block on one thread with deterministic algorithms and gives torch's global state back after it."""
+    """Run the block on one thread with deterministic algorithms and give torch's global state back after it.
+
+    Reading a network collects garbage. What was made before the block is kept out of that: in a process that holds
+    data and libraries, one collection of everything takes longer than many steps.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -191,5 +205,7 @@ def one_thread_deterministic() -> Iterator[None]:
         try:
             yield
         finally:
+            if ours:
+                gc.unfreeze()
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
