@@ -12,7 +12,8 @@ ROOT = Path(batchnorm.__file__).parent
 # Each package and each module beside them has a floor of its own; an import goes to a lower number.
 ORDER = [
     "_version", "errors", "module_names", "opacus_tables", "domains", "factories", "csrc", "ops", "moments", "options",
-    "validation", "running_stats", "execution", "functional", "rebuild", "layer_call", "layers", "pairs", "twins", "norm_act",
+    "validation", "running_stats", "execution", "functional", "rebuild", "layer_call", "layers", "pairs", "twins",
+    "norm_act",
     "registrations", "statistics", "inspect", "model_tools", "experiment", "doctor", "bench", "monitor", "callbacks",
     "cli", "__init__", "__main__",
 ]  # fmt: skip

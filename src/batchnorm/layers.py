@@ -198,7 +198,13 @@ class BatchNormBase(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         shown = [f"{name}={value}" for name, value in self.options.changed().items()]
-        return ", ".join([super().extra_repr(), *shown, *(f"{name}=True" for name in ("frozen", "save_memory") if getattr(self, name))])
+        return ", ".join(
+            [
+                super().extra_repr(),
+                *shown,
+                *(f"{name}=True" for name in ("frozen", "save_memory") if getattr(self, name)),
+            ]
+        )
 
 
 @functools.cache

@@ -38,7 +38,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("target", "name"), NAMES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("target", "name"), NAMES)
 def test_every_spelling_has_the_name_of_its_operator(target, name):
     assert operator_name(target) == name
 

@@ -71,6 +71,7 @@ class _RunRecorder(TorchDispatchMode):
         self._tensor_names = names_of_tensors(model)
         self.values = ValueReads(model)
         self._from_input = _keys(example)
+        self._changed: set[Key] = set()  # what an operator has written into
         self._there = {*self._from_input, *map(key_of, (*model.parameters(), *model.buffers()))}  # before the forward
         layers = [module for module in self._names if is_layer(module)]
         self._readers_of: dict[Key, set[GraphNode]] = {key_of(p): set() for m in layers for p in m.parameters(False)}
@@ -200,6 +201,7 @@ class _RunRecorder(TorchDispatchMode):
         call = self._inside()
         node = call if call is not None else GraphNode(op, self._effect(func.namespace, op, keys))
         changed = {key_of(tensor) for tensor in written}
+        self._changed |= changed
         views = {key_of(tensor) for tensor in outputs} - changed  # what reads a view or a copy of it is its reader
         held_on = {self._results[key] for key in views if key in self._results}
         for read in {self._results[key] for key in keys if key in self._results} - held_on:
@@ -239,7 +241,8 @@ class _RunRecorder(TorchDispatchMode):
                 readers = self._readers_of[key_of(parameter)]
                 call.parameters_shared |= any(reader.module is not call.module for reader in readers)
         candidates = (self._made.keys() | self._results.keys()) - returned
-        kept = {*(candidates & self._there), *still_alive(candidates - self._there)}
+        # a view of a parameter is no result: of what was there before, what the forward has written to counts
+        kept = {*(candidates & self._there & self._changed), *still_alive(candidates - self._there)}
         for key in self._made.keys() & (returned | kept):
             self._made[key].reaches_output = True
         for key, call in self._results.items():
