@@ -148,10 +148,10 @@ def test_bad_sets(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def refused_after_reading(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Like `refused`, for what shows only on reading: there may be lines of progress on stdout."""
+    """Like `refused`, for what shows only on reading: the networks and lines of progress may be on stdout before it."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
-    assert all("samples/s" in line or line.endswith("training runs") for line in out.splitlines())
+    assert "Traceback" not in out
     assert err.startswith("batchnorm: ")
     assert err.count("\n") == 1
     assert err.count(", ") >= 2, "WHAT, WHERE, WHAT TO DO"
