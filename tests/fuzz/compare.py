@@ -25,6 +25,7 @@ __all__ = [
     "agree",
     "exact_batch_norm",
     "kept_by",
+    "native",
     "quiet",
     "reference",
     "tool",
@@ -231,7 +232,7 @@ def agree(found: Trace, make: Make, run: Callable[[nn.Module, Tensor], Trace], w
     if not wrong:
         return
     moved = [reference(make, run, _ROUNDING[dtype] * factor, seed) for seed, factor in enumerate((8, 8, 8, 30, 30))]
-    moved.append(_native(make, run))  # which has torch's own faults
+    moved.append(native(make, run))  # which has torch's own faults
     for name in wrong:
         scale = _scale(want, name)
         error = _error(found[name], want[name], scale)
@@ -240,7 +241,7 @@ def agree(found: Trace, make: Make, run: Callable[[nn.Module, Tensor], Trace], w
             raise Mismatch(f"{name} is off by {error:.2g} of the largest value")
 
 
-def _native(make: Make, run: Callable[[nn.Module, Tensor], Trace]) -> Trace:
+def native(make: Make, run: Callable[[nn.Module, Tensor], Trace]) -> Trace:
     """The untouched model in its own dtype."""
     with quiet():
         return run(*make())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from batchnorm.model_tools import fold_onnx
+from tests.fuzz.targets import fold_onnx as fuzzed
 from tests.onnx_nets import RNG, check, model_of, norm, run, save, tensor
 
 node = helper.make_node
@@ -335,3 +336,16 @@ def test_any_chain_computes_the_same_and_keeps_to_the_standard(tmp_path, steps):
     x = RNG.standard_normal((2, 4, 9)).astype(np.float32)
     ours, theirs = (run(p, x=x)[0] for p in (tmp_path / "folded.onnx", path))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_two_biases_of_one_matmul_have_names_of_their_own():
+    """onnxruntime refuses two nodes of one name; found by the fuzzer."""
+    Node, vector = fuzzed.Node, ((2,), (2,), (2,), (2,))
+    rest = {"attributes": (), "via": "initializer", "named": True}
+    nodes = (
+        Node(op="BatchNormalization", reads=(0,), parameters=vector, **rest),
+        Node(op="MatMul", reads=(1,), parameters=((2, 1),), **rest),
+        Node(op="BatchNormalization", reads=(2,), parameters=((1,), (1,), (1,), (1,)), **rest),
+        Node(op="Relu", reads=(3,), parameters=(), **rest),
+    )
+    fuzzed.check(fuzzed.Graph(nodes, (1, 2), (4,), (8, 17), "float32", 0))

@@ -97,16 +97,22 @@ def _add_behind(layer: OnnxLayer, bias: str) -> None:
     from onnx import helper
 
     result = layer.node.output[0]
-    taken = {name for scope in layer.scope.root.tree() for name in scope.names()}
-    product = f"{result}.product"
-    while product in taken:
-        product += "_"
+    scopes = list(layer.scope.root.tree())
+    product = _free(f"{result}.product", {name for scope in scopes for name in scope.names()})
+    # a layer gets a second one where it takes a normalization from either side
+    title = _free(f"{layer.title}.bias", {node.name for scope in scopes for node in scope.body.node})
     layer.node.output[0] = product
-    add = helper.make_node("Add", [product, bias], [result], name=f"{layer.title}.bias")
+    add = helper.make_node("Add", [product, bias], [result], name=title)
     if layer.scope.opset < FIRST_WITH_BROADCAST:
         _broadcast(add)
     nodes = layer.scope.body.node
     nodes.insert(next(i for i, node in enumerate(nodes) if node is layer.node) + 1, add)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _broadcast(node: Any) -> None:
