@@ -7,7 +7,7 @@ from batchnorm import BatchNorm1d
 from tests.distributed.launch import torchrun
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_all_ranks_together_are_one_process(world):
     assert "checks on" in torchrun("tests.distributed.sync_worker", world)
 

@@ -183,8 +183,14 @@ def test_activations_at_the_ends_of_the_number_line(activation: str, dtype: torc
     torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=2e-16)  # the reference forms 1 - σ
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(9, 48, 125, 121), (2800, 48, 7, 7)], ids=["maps", "small maps"])  # 26 MB each
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((9, 48, 125, 121), "contiguous"),  # 26 MB each
+        ((9, 48, 125, 121), "channels_last"),
+        ((2800, 48, 7, 7), "contiguous"),
+    ],
+)
 def test_tensors_beyond_the_cache(shape: tuple[int, ...], layout: str) -> None:
     """Where outputs are streamed past the caches and the next channel is read ahead: the same values."""
     x, grad, residual = (arranged(torch.randn(shape), layout) for _ in range(3))
