@@ -25,10 +25,10 @@ __all__ = [
     "agree",
     "exact_batch_norm",
     "kept_by",
-    "native",
     "quiet",
     "reference",
     "tool",
+    "torchs_refusals",
     "train",
 ]
 
@@ -232,7 +232,7 @@ def agree(found: Trace, make: Make, run: Callable[[nn.Module, Tensor], Trace], w
     if not wrong:
         return
     moved = [reference(make, run, _ROUNDING[dtype] * factor, seed) for seed, factor in enumerate((8, 8, 8, 30, 30))]
-    moved.append(native(make, run))  # which has torch's own faults
+    moved.append(_native(make, run))  # which has torch's own faults
     for name in wrong:
         scale = _scale(want, name)
         error = _error(found[name], want[name], scale)
@@ -241,10 +241,29 @@ def agree(found: Trace, make: Make, run: Callable[[nn.Module, Tensor], Trace], w
             raise Mismatch(f"{name} is off by {error:.2g} of the largest value")
 
 
-def native(make: Make, run: Callable[[nn.Module, Tensor], Trace]) -> Trace:
+def _native(make: Make, run: Callable[[nn.Module, Tensor], Trace]) -> Trace:
     """The untouched model in its own dtype."""
     with quiet():
         return run(*make())
+
+
+@contextmanager
+def torchs_refusals(make: Make, run: Callable[[nn.Module, Tensor], Trace], *, always: bool = False) -> Iterator[None]:
+    """Discard the case where a saved tensor was written to: so refuse torch's own layers, and not the definition.
+    `always`: the untouched model need not show it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        if always:
+            raise Discard("torch's layers refuse it") from error
+        try:
+            with quiet():
+                _native(make, run)
+        except RuntimeError:
+            raise Discard("torch's layers refuse it too") from error
+        raise
 
 
 def _scale(want: Trace, name: str) -> float:

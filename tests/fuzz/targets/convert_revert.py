@@ -13,7 +13,7 @@ import batchnorm
 from batchnorm.inspect.modules import is_norm
 
 from .. import parts
-from ..compare import Discard, Make, Mismatch, agree, native, quiet, reference, tool, train
+from ..compare import Discard, Make, Mismatch, agree, quiet, reference, tool, torchs_refusals, train
 from ..layers import Scope
 from ..program import TOUCHES, Case, Touch
 from ..strategies import programs
@@ -85,27 +85,12 @@ def check(
             raise Mismatch(f"after revert the classes are {now}, and were {kinds}")
         return reverted
 
-    try:
-        with quiet():
-            found = run(converted, x, back)
-    except RuntimeError as error:
-        # An operator of ours keeps its input, torch's ReLU its output: a later write to that is torch's own refusal.
-        if "inplace operation" in str(error) and ((reverts and not plain) or _torch_refuses(make, run)):
-            raise Discard("torch's layers have these restrictions") from error
-        raise
+    # An operator of ours keeps its input, torch's ReLU its output: revert brings torch's restriction back.
+    with torchs_refusals(make, run, always=reverts and not plain), quiet():
+        found = run(converted, x, back)
     if reverts and not plain and 1 in x.shape[2:]:
         raise Discard("what revert returned has torch's fault: see compare.exact_batch_norm")
     agree(found, make, run, want, x.dtype)
-
-
-def _torch_refuses(make: Make, run: Any) -> bool:
-    """Whether the untouched model with torch's own layers raises too; the reference, by the definition, does not."""
-    try:
-        with quiet():
-            native(make, run)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

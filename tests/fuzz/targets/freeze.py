@@ -13,7 +13,7 @@ from torch import nn
 import batchnorm
 from batchnorm.inspect.modules import is_norm
 
-from ..compare import Make, Snapshot, agree, quiet, reference, tool, train
+from ..compare import Make, Snapshot, agree, quiet, reference, tool, torchs_refusals, train
 from ..layers import Scope
 from ..program import TOUCHES, Case
 from ..strategies import programs
@@ -54,7 +54,7 @@ def check(make: Make, *, converted: bool = False, **options: Any) -> None:
     with tool():
         batchnorm.unfreeze(model)
     before.check(model, "unfreeze")
-    with quiet():
+    with torchs_refusals(make, run), quiet():
         found = run(
             model, x, lambda model: batchnorm.freeze(model, **options), lambda model, _: batchnorm.unfreeze(model)
         )
