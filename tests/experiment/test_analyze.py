@@ -259,7 +259,7 @@ def test_a_folder_of_tables_is_one_table(tmp_path: Path) -> None:
 
 
 def test_tensorboard_folders(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="an extra: pip install 'batchnorm[tensorboard]'")
     from torch.utils.tensorboard import SummaryWriter
 
     for arm in ("none", "batch"):
@@ -285,7 +285,7 @@ def test_tensorboard_folders(tmp_path: Path) -> None:
 def test_mlflow_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow", reason="an extra: pip install 'batchnorm[mlflow]'")
     client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
     experiment = client.create_experiment("mine")
     for arm in ("none", "batch"):

@@ -118,7 +118,7 @@ def test_bad_values_and_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # the trainer's own: few workers, no GPU, no logger
 def test_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = pytest.importorskip("lightning.pytorch", reason="installed for development by the Makefile")
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
@@ -161,7 +161,7 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def test_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="a development dependency: pip install 'batchnorm[dev]'")
     path = tmp_path / "runs.csv"
     callback = recorder_for_transformers(StudyRecorder(path, arm="plain", seed=0))
     assert isinstance(callback, transformers.TrainerCallback)

@@ -8,8 +8,8 @@ import torch
 
 from .nets import KINDS, images, pair
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="an extra: pip install 'batchnorm[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="an extra: pip install 'batchnorm[onnx]'")
 
 
 @pytest.mark.parametrize("kind", KINDS)

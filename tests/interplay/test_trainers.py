@@ -29,7 +29,7 @@ def assert_trained_alike(ours: nn.Module, theirs: nn.Module, steps: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lightning(kind, tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = pytest.importorskip("lightning.pytorch", reason="installed for development by the Makefile")
 
     class Regression(lightning.LightningModule):
         def __init__(self, net: nn.Module) -> None:
@@ -67,7 +67,7 @@ class Loss(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_trainer(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="a development dependency: pip install 'batchnorm[dev]'")
     pytest.importorskip("accelerate", reason=NOT_IN_THE_EXTRA)
     theirs, ours = pair(kind)
     data = [{"x": x} for x in samples()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..inspect.nests import arguments_of, mapped, tensors_in
 from .step_memory import StepMemory, StorageCount
 from .timing import interleaved
 
@@ -41,7 +42,7 @@ def model_step(
 
     if layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        example = map_tensors(example, lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+        example = mapped(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t, example)
     ours = convert(copy.deepcopy(model))
     layers = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
     if not layers:
@@ -114,22 +115,9 @@ def training_step(model: nn.Module, example: Any, dtype: str = "float32") -> Cal
 
 
 def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
-def map_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of an example: a tensor, a tuple, a dict, or nested."""
-    if isinstance(example, Tensor):
-        return change(example)
-    if isinstance(example, dict):
-        return {key: map_tensors(value, change) for key, value in example.items()}
-    return tuple(map_tensors(value, change) for value in example) if isinstance(example, tuple) else example
+    arguments, keywords = arguments_of(example)
+    return model(*arguments, **keywords)
 
 
 def _first_tensor(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    values = result.values() if isinstance(result, dict) else result
-    return next(_first_tensor(value) for value in values if isinstance(value, (Tensor, tuple, list, dict)))
+    return tensors_in(result)[0]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from ..inspect.nests import moved
 from .layer_bench import CASES, DTYPES, LAYOUTS, SHAPES, SHAPES_CUDA, Problem, measure, parse_choice, parse_shapes
-from .model_bench import map_tensors, model_step
+from .model_bench import model_step
 from .timing import geometric_mean, machine
 
 if TYPE_CHECKING:
@@ -111,12 +112,8 @@ def bench_model(
                 f"the factory returns {type(made).__name__}, bench_model(model={model}), return (model, example input)"
             )
         network, example = made
-        rows.append(model_step(network.to(device), _to(example, device), seconds, layout, dtype))
+        rows.append(model_step(network.to(device), moved(example, torch.device(device)), seconds, layout, dtype))
     return {"machine": machine(device), "model": model, "rows": rows}
-
-
-def _to(example: Any, device: str) -> Any:
-    return map_tensors(example, lambda tensor: tensor.to(device))
 
 
 def show_model(result: dict[str, Any]) -> Table:

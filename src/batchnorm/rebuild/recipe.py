@@ -59,10 +59,10 @@ class Recipe:
 
     @property
     def device(self) -> torch.device:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of recipe says it
 
     def compute(self) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of recipe says it
 
     def watch(self, tensor: Tensor | None) -> None:
         """Take this tensor for the output while something else holds it: then nothing is saved and nothing computed."""
